@@ -1,0 +1,1 @@
+"""The `mobula` command. Subcommands import what they need when they run."""

@@ -1,0 +1,131 @@
+"""What the operator asks for: the types of cluster.yaml. `controller/config.py` reads and checks it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from cluster.kv import BLOCK_TOKENS
+from cluster.replica import Role
+from cluster.slo import Slo
+
+
+class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all: unknown keys are errors."""
+
+
+class ModelSpec(_Spec):
+    """A model to serve."""
+
+    name: str
+    """As clients name it."""
+    path: str
+    """A directory with config, safetensors and tokenizer, or a hub name."""
+    revision: str = ""
+
+
+class NodeSpec(_Spec):
+    """A machine. With a local Ray each becomes a raylet with these labels; with --address it is matched by label."""
+
+    name: str
+    pool: str = "default"
+    accelerator: str = "cpu"
+    """A name in `cluster.hardware`."""
+    cpus: float = 2.0
+
+
+class Pace(_Spec):
+    """Behave as another machine: each step lasts at least as long as there."""
+
+    shape: str
+    """A name in `cluster.models`."""
+    accelerator: str
+    """A name in `cluster.hardware`."""
+    tensor_parallel: int = 1
+    speedup: float = 1.0
+    """Emulated time divided by this, > 0, so that a slow machine's shape can be shown in a short demo."""
+
+
+class ReplicaGroup(_Spec):
+    """Replicas of one kind."""
+
+    role: Role
+    count: int = 1
+    model: str = ""
+    """Name of a model; may be left out with a single model."""
+    engine: Literal["torch", "emulated"] = "torch"
+    pool: str = "default"
+    """Node pool whose nodes host them, in turn."""
+    per_worker: int = 1
+    """Replicas in one worker process. More than 1 only for emulated ones."""
+    pace: Pace | None = None
+    """None runs as fast as the machine can; required by the emulated engine."""
+    kv_blocks: int = 2048
+    """KV blocks of `block_tokens` tokens."""
+    block_tokens: int = BLOCK_TOKENS
+    max_running: int = 64
+    """Requests in one decode batch."""
+    step_budget_tokens: int = 512
+    """Prompt tokens plus decodes in one step. 512 costs at most a quarter of prefill speed (Sarathi-Serve, section 5)."""
+    threads: int = 1
+    """Torch threads of a worker."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class GatewaySpec(_Spec):
+    """The front door."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    keys_file: str | None = None
+    """File of hashed API keys."""
+    allow_anonymous: bool = False
+    """Serve without keys. One of the two must be given."""
+    max_queue: int = 256
+    """Requests that may wait for a replica with room; beyond that 429."""
+    queue_timeout_s: float = 30.0
+    """A request that waited so long gets 429."""
+    max_attempts: int = 4
+    """Replicas tried for one request, the first included."""
+    silence_s: float = 2.0
+    """A worker from which nothing came for so long is taken for hung: ten load reports missed."""
+    request_log: str | None = None
+    """Directory of the request log; None writes none."""
+    max_body_bytes: int = 16 * 2**20
+
+
+class RoutingSpec(_Spec):
+    """How replicas are chosen: a Router class by import path, and its fields."""
+
+    use: str = "policies.routing:PredictedLatencyRouter"
+    settings: dict[str, float] = {}
+
+
+class TransportSpec(_Spec):
+    """How bytes move."""
+
+    kv: Literal["auto", "grpc", "shared_memory"] = "auto"
+    """auto: shared memory between workers on one host, gRPC otherwise."""
+    kv_bytes_per_s: float | None = None
+    """Throttles KV sending, to try a slow link; None does not."""
+    secret_file: str | None = None
+    """Shared secret of gateway and workers; None makes a fresh one per start of a local cluster."""
+    tls_dir: str | None = None
+    """Directory with ca.pem, cert.pem and key.pem; None speaks plain text, which only loopback addresses may."""
+
+
+class Fleet(_Spec):
+    """A whole cluster.yaml."""
+
+    name: str = "mobula"
+    models: tuple[ModelSpec, ...]
+    nodes: tuple[NodeSpec, ...] = (NodeSpec(name="local"),)
+    replicas: tuple[ReplicaGroup, ...]
+    gateway: GatewaySpec = GatewaySpec()
+    routing: RoutingSpec = RoutingSpec()
+    transport: TransportSpec = TransportSpec()
+    slo: dict[str, Slo] = msgspec.field(default_factory=lambda: {"default": Slo(ttft_s=1.0, tpot_s=0.1)})
+    """Bounds by SLO class."""

@@ -1,0 +1,78 @@
+"""Every metric Mobula exports, in one table. Exporters are made from it, so a name, unit or label is written once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+TOKEN_BUCKETS = tuple(float(2**power) for power in range(18))
+
+
+class Metric(msgspec.Struct, frozen=True):
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = LATENCY_BUCKETS_S
+
+
+GATEWAY_METRICS = (
+    Metric("mobula_requests_total", "counter", "Requests that ended, by how.", ("model", "tenant", "outcome")),
+    Metric("mobula_rejections_total", "counter", "Requests refused before they ran, by reason.", ("reason",)),
+    Metric("mobula_request_retries_total", "counter", "Attempts after the first, by cause.", ("model", "cause")),
+    Metric("mobula_prompt_tokens_total", "counter", "Prompt tokens of requests that ended.", ("model", "tenant", "key")),
+    Metric("mobula_output_tokens_total", "counter", "Tokens sent to clients.", ("model", "tenant", "key")),
+    Metric("mobula_cached_tokens_total", "counter", "Prompt tokens found in a prefix cache.", ("model",)),
+    Metric("mobula_requests_in_flight", "gauge", "Requests accepted and not ended.", ("model",)),
+    Metric("mobula_queue_depth", "gauge", "Requests that wait for a replica with room.", ("model",)),
+    Metric("mobula_ttft_seconds", "histogram", "Arrival to first token, at the gateway.", ("model",)),
+    Metric("mobula_tpot_seconds", "histogram", "Mean time per token after the first, at the gateway.", ("model",)),
+    Metric("mobula_itl_seconds", "histogram", "Gap between two tokens, at the gateway.", ("model",)),
+    Metric("mobula_e2e_seconds", "histogram", "Arrival to last token, at the gateway.", ("model",)),
+    Metric("mobula_queue_seconds", "histogram", "Wait before prefill, gateway and replica.", ("model",)),
+    Metric("mobula_prefill_seconds", "histogram", "Prompt computation.", ("model",)),
+    Metric("mobula_transfer_seconds", "histogram", "KV transfer not hidden behind prefill.", ("model",)),
+    Metric("mobula_decode_seconds", "histogram", "First to last token.", ("model",)),
+    Metric(
+        "mobula_route_seconds",
+        "histogram",
+        "Choosing replicas for one request, hashing apart.",
+        ("model",),
+        (1e-5, 2e-5, 4e-5, 1e-4, 2e-4, 4e-4, 1e-3, 1e-2),
+    ),
+    Metric("mobula_prompt_tokens", "histogram", "Prompt lengths.", ("model",), TOKEN_BUCKETS),
+    Metric("mobula_output_tokens", "histogram", "Output lengths.", ("model",), TOKEN_BUCKETS),
+)
+
+REPLICA_METRICS = (
+    Metric("mobula_replica_running", "gauge", "Requests decoding.", ("replica", "role")),
+    Metric("mobula_replica_waiting", "gauge", "Requests whose prompt is not finished.", ("replica", "role")),
+    Metric("mobula_replica_kv_blocks_used", "gauge", "KV blocks held by requests.", ("replica", "role")),
+    Metric("mobula_replica_kv_blocks", "gauge", "KV blocks in the pool.", ("replica", "role")),
+    Metric("mobula_replica_power_watts", "gauge", "Power drawn or emulated.", ("replica", "role")),
+    Metric("mobula_replica_steps_total", "counter", "Engine steps.", ("replica", "role")),
+    Metric("mobula_replica_overrun_steps_total", "counter", "Paced steps longer than emulated.", ("replica", "role")),
+    Metric("mobula_replica_prompt_tokens_total", "counter", "Prompt tokens computed.", ("replica", "role")),
+    Metric("mobula_replica_cached_tokens_total", "counter", "Prompt tokens found cached.", ("replica", "role")),
+    Metric("mobula_replica_output_tokens_total", "counter", "Tokens generated.", ("replica", "role")),
+    Metric("mobula_replica_preemptions_total", "counter", "Requests put back for want of blocks.", ("replica", "role")),
+    Metric("mobula_replica_transfers_total", "counter", "KV transfers received, by outcome.", ("replica", "role", "outcome")),
+    Metric("mobula_replica_transfer_bytes_total", "counter", "KV bytes received.", ("replica", "role")),
+)
+
+_KINDS = {"counter": Counter, "gauge": Gauge}
+
+
+def exporter(metrics: Iterable[Metric], registry: CollectorRegistry) -> Mapping[str, Counter | Gauge | Histogram]:
+    """The table's rows as live collectors on a registry, by name."""
+    made: dict[str, Counter | Gauge | Histogram] = {}
+    for metric in metrics:
+        if metric.kind == "histogram":
+            made[metric.name] = Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=registry)
+        else:
+            made[metric.name] = _KINDS[metric.kind](metric.name, metric.help, metric.labels, registry=registry)
+    return made

@@ -1,0 +1,1 @@
+"""Doing it live: reads the config, keeps the membership table, starts and stops replicas."""

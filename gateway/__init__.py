@@ -1,0 +1,1 @@
+"""The front door: OpenAI-compatible HTTP on Ray Serve; route, stream, resume."""

@@ -1,0 +1,1 @@
+"""Bytes between processes: tokens, KV and load. Imports only `cluster`."""

@@ -1,0 +1,1 @@
+"""Doing the work: the Ray actor that hosts replicas, their roles, and the engines."""

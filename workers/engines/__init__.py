@@ -1,0 +1,1 @@
+"""What computes tokens: one file or folder an engine, beside the protocol they share."""

@@ -1,0 +1,1 @@
+"""What arrives: trace readers, generators, the open-loop client and the latency report."""
