@@ -15,7 +15,7 @@ class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Base of all: unknown keys are errors."""
 
 
-class ModelSpec(_Spec):
+class ModelSpec(_Spec, frozen=True, kw_only=True):
     """A model to serve."""
 
     name: str
@@ -25,7 +25,7 @@ class ModelSpec(_Spec):
     revision: str = ""
 
 
-class NodeSpec(_Spec):
+class NodeSpec(_Spec, frozen=True, kw_only=True):
     """A machine. With a local Ray each becomes a raylet with these labels; with --address it is matched by label."""
 
     name: str
@@ -35,7 +35,7 @@ class NodeSpec(_Spec):
     cpus: float = 2.0
 
 
-class Pace(_Spec):
+class Pace(_Spec, frozen=True, kw_only=True):
     """Behave as another machine: each step lasts at least as long as there."""
 
     shape: str
@@ -47,7 +47,7 @@ class Pace(_Spec):
     """Emulated time divided by this, > 0, so that a slow machine's shape can be shown in a short demo."""
 
 
-class ReplicaGroup(_Spec):
+class ReplicaGroup(_Spec, frozen=True, kw_only=True):
     """Replicas of one kind."""
 
     role: Role
@@ -74,7 +74,7 @@ class ReplicaGroup(_Spec):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-class GatewaySpec(_Spec):
+class GatewaySpec(_Spec, frozen=True, kw_only=True):
     """The front door."""
 
     host: str = "127.0.0.1"
@@ -97,14 +97,14 @@ class GatewaySpec(_Spec):
     max_body_bytes: int = 16 * 2**20
 
 
-class RoutingSpec(_Spec):
+class RoutingSpec(_Spec, frozen=True, kw_only=True):
     """How replicas are chosen: a Router class by import path, and its fields."""
 
     use: str = "policies.routing:PredictedLatencyRouter"
     settings: dict[str, float] = {}
 
 
-class TransportSpec(_Spec):
+class TransportSpec(_Spec, frozen=True, kw_only=True):
     """How bytes move."""
 
     kv: Literal["auto", "grpc", "shared_memory"] = "auto"
@@ -117,7 +117,7 @@ class TransportSpec(_Spec):
     """Directory with ca.pem, cert.pem and key.pem; None speaks plain text, which only loopback addresses may."""
 
 
-class Fleet(_Spec):
+class Fleet(_Spec, frozen=True, kw_only=True):
     """A whole cluster.yaml."""
 
     name: str = "mobula"
