@@ -7,13 +7,13 @@ No text and no token ids: lengths, times, and block hashes salted by tenant.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
 from cluster.kv import BLOCK_TOKENS
 
-SCHEMA = 1  # Rises when a field's meaning changes or one goes; readers refuse others. New fields have defaults.
+SCHEMA: Final = 1  # Rises when a field's meaning changes or one goes; readers refuse others. New fields have defaults.
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -48,7 +48,10 @@ class CandidateRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RouteRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a request went and why. Fields as in `policies.policy.Route`, so `msgspec.convert(route, RouteRecord, from_attributes=True)`."""
+    """Where a request went and why.
+
+    Fields as in `policies.policy.Route`, so that `msgspec.convert(route, RouteRecord, from_attributes=True)` makes one.
+    """
 
     decode: CandidateRecord
     decode_runner_up: CandidateRecord | None = None

@@ -7,7 +7,14 @@ import pytest
 
 from cluster.record import SCHEMA, CandidateRecord, RequestRecord, RouteRecord, TraceRow, to_line
 
-ROW = dict(arrival_s=1.5, prompt_tokens=40, output_tokens=7, block_hashes=(2**64 - 1, 0), tenant="red", session_id="s")
+ROW = {
+    "arrival_s": 1.5,
+    "prompt_tokens": 40,
+    "output_tokens": 7,
+    "block_hashes": (2**64 - 1, 0),
+    "tenant": "red",
+    "session_id": "s",
+}
 RECORD = RequestRecord(
     **ROW,
     request_id="r",
