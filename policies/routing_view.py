@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from cluster.kv import KvCleared, KvEvent, KvLayout, blocks_for
+from cluster.performance import PerformanceModel
 from cluster.replica import Load, Phase, Replica
 from policies.prefix_index import PrefixIndex
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from policies.policy import Ask, Route
 
 TRANSIT_S = 0.02  # A report made this soon after a charge may not know of it: the way to the worker, and unequal clocks.
+
+UNPACED = PerformanceModel(step_s=2e-3, prefill_token_s=1e-4, sequence_s=2e-4, kv_token_s=1e-7)
+"""Stands for a replica that states no times, so that loads still compare: about a model of 5M parameters on one CPU core."""
 
 (
     READY,
@@ -296,13 +300,14 @@ class _Model:
     def describe(self, member: _Member) -> None:
         """Write the facts of a replica into its row."""
         replica, cells = member.replica, self.rows[member.row]
-        performance, layout = replica.performance, replica.layout
+        performance = replica.performance if replica.performance.step_s else UNPACED
+        layout = replica.layout
         self._replicas[member.row] = replica
         cells[PREFILLS] = replica.role.prefills_for_others and layout is not None
         cells[DECODES] = replica.role.decodes
         cells[HEARD_S] = member.heard_s
         cells[READY_SINCE_S] = -math.inf if replica.ready_since_s is None else replica.ready_since_s
-        cells[IDENTITY] = xxhash.xxh32_intdigest(replica.replica_id)
+        cells[IDENTITY] = xxhash.xxh32_intdigest(replica.replica_id.encode())
         cells[HOST] = self._hosts.setdefault(replica.host_id, float(len(self._hosts)))
         cells[CONTEXT_TOKENS] = replica.context_tokens
         cells[MAX_RUNNING] = replica.max_running
