@@ -101,12 +101,12 @@ async def admit(context: grpc.aio.ServicerContext, credential: Credential) -> st
     said = dict(context.invocation_metadata())
     if not hmac.compare_digest(said.get(SECRET, b""), credential.secret.encode()):
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the shared secret is missing or wrong")
-    await context.send_initial_metadata(((VERSION, str(PROTOCOL_VERSION)),))
     if said.get(VERSION) != str(PROTOCOL_VERSION):
         await refuse(context, ProtocolMismatch(f"protocol version {said.get(VERSION)} called, {PROTOCOL_VERSION} answers"))
     gateway_id = said.get(GATEWAY, b"").decode(errors="replace")
     if len(gateway_id) > MAX_GATEWAY_ID_CHARS:
         await refuse(context, ProtocolMismatch(f"gateway id of {len(gateway_id)} characters above {MAX_GATEWAY_ID_CHARS}"))
+    await context.send_initial_metadata(((VERSION, str(PROTOCOL_VERSION)),))
     return gateway_id
 
 
@@ -114,10 +114,12 @@ async def refuse(context: grpc.aio.ServicerContext, error: ProtocolMismatch) -> 
     await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
 
-def check_answer(metadata: grpc.aio.Metadata | None, endpoint: str) -> None:
-    """Refuse a server of another version. One that said nothing has refused us, and its status says why."""
-    answered = None if metadata is None else metadata.get(VERSION)
-    if answered is not None and answered != str(PROTOCOL_VERSION):
+async def check_answer(call: grpc.aio.UnaryStreamCall | grpc.aio.StreamStreamCall, endpoint: str) -> None:
+    """Wait for the server's word and refuse one of another version. Raises AioRpcError where it has refused us."""
+    answered = (await call.initial_metadata() or {}).get(VERSION)
+    if answered is None:
+        await call.read()
+    if answered != str(PROTOCOL_VERSION):
         raise ProtocolMismatch(f"protocol version {answered} answers at {endpoint}, {PROTOCOL_VERSION} called")
 
 

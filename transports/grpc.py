@@ -66,9 +66,7 @@ class GrpcTransport:
         call = channel.stream_stream(f"/{SERVICE}/Stream")(metadata=introduce(self._credential, gateway_id))
         try:
             async with asyncio.timeout(SILENCE_S):
-                check_answer(await call.initial_metadata(), endpoint)
-                if call.done():
-                    await call.read()
+                await check_answer(call, endpoint)
         except BaseException as error:
             await channel.close()
             raise _translated(error, endpoint) from error
@@ -316,7 +314,7 @@ async def _receive(
 ) -> KvDone:
     arrivals = wire.Arrivals(pull)
     async with asyncio.timeout(SILENCE_S):
-        check_answer(await call.initial_metadata(), endpoint)
+        await check_answer(call, endpoint)
     while True:
         async with asyncio.timeout(SILENCE_S):
             data = await call.read()

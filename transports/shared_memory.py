@@ -37,8 +37,10 @@ class SharedMemoryTransport(GrpcTransport):
             segment = await asyncio.shield(creating)
             return await self._pull(endpoint, pull, write, None if segment is None else name, segment)
         finally:
-            # A thread cannot be cancelled: what it creates after us is removed when it is done.
-            creating.add_done_callback(lambda _: _unlink(name))
+            if creating.done():
+                _unlink(name)
+            else:  # A thread cannot be cancelled: what it creates after us is removed when it is done.
+                creating.add_done_callback(lambda _: _unlink(name))
 
     def _open_segment(self, name: str, size: int) -> memoryview | None:
         return open_segment(name, size)
@@ -46,10 +48,13 @@ class SharedMemoryTransport(GrpcTransport):
 
 def create(name: str, size: int) -> memoryview | None:
     """A new segment with its memory taken, so that writing to it cannot fail. None where there is no room."""
-    room = os.statvfs(SHM_DIR)
-    if size > room.f_bavail * room.f_frsize:
+    try:
+        room = os.statvfs(SHM_DIR)
+        if size > room.f_bavail * room.f_frsize:
+            return None
+        file = os.open(SHM_DIR / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:
         return None
-    file = os.open(SHM_DIR / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(file, 0, size)
         return memoryview(mmap.mmap(file, size))
