@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import transports.grpc
-from cluster.errors import ProtocolMismatch
+from cluster.errors import ProtocolMismatch, Temporary
 from cluster.handoff import RequestState
 from cluster.kv import KvLayout
 from cluster.request import Request, SamplingParams
 from transports import shared_memory
 from transports.grpc import GrpcTransport
-from transports.messages import KvChunk, KvDone, PullKv
+from transports.messages import KvChunk, KvDone, KvFailed, PullKv
 from transports.shared_memory import SHM_DIR, SharedMemoryTransport
 from transports.transport import Credential
 
@@ -97,6 +97,19 @@ async def test_a_segment_is_used_again_and_removed_with_its_transport(monkeypatc
     del transport
     gc.collect()
     assert not (SHM_DIR / names[0]).exists()
+
+
+async def test_a_failed_pull_leaves_no_segment():
+    class Failing:
+        def pulled(self, pull, outbox):
+            outbox.end(KvFailed(message="pool is full", retry=True))
+
+    transport = SharedMemoryTransport(CREDENTIAL)
+    listener = await transport.serve(Failing(), "127.0.0.1", 0)
+    with pytest.raises(Temporary):
+        await transport.pull(listener.endpoint, PULL, lambda chunk, kv: None)
+    await listener.close(0)
+    assert not list(SHM_DIR.glob(f"mobula-{os.getpid()}-*"))
 
 
 async def test_spare_segments_are_bounded(monkeypatch):
