@@ -67,8 +67,9 @@ class AdmissionQueue:
         if entry.deadline_s is not None and entry.deadline_s <= now_s:
             late_s = now_s - entry.deadline_s
             return Refused(reason=f"deadline passed {late_s:.3g} s ago", retry_after_s=self.retry_after_s(now_s))
-        if len(self._waiting) >= self._max_waiting:
-            reason = f"{len(self._waiting)} requests wait, as many as max_queue {self._max_waiting} allows"
+        held = len(self._waiting) + len(self._expired)
+        if held >= self._max_waiting:
+            reason = f"{held} requests wait, as many as max_queue {self._max_waiting} allows"
             return Refused(reason=reason, retry_after_s=self.retry_after_s(now_s))
         deadline_s = min(now_s + self._timeout_s, math.inf if entry.deadline_s is None else entry.deadline_s)
         self._waiting[entry.request_id] = (entry, deadline_s)
