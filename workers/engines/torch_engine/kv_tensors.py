@@ -72,5 +72,6 @@ def _refuse_more_than_memory(layout: KvLayout, blocks: int, device: torch.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > MEMORY_SHARE * free:
         raise InvalidConfig(
-            f"kv_blocks {blocks} take {needed / 2**30:.1f} GiB, above {MEMORY_SHARE:.0%} of the {free / 2**30:.1f} GiB free on {device}"
+            f"kv_blocks {blocks} take {needed / 2**30:.1f} GiB, "
+            f"above {MEMORY_SHARE:.0%} of the {free / 2**30:.1f} GiB free on {device}"
         )
