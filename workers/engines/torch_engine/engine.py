@@ -282,7 +282,7 @@ class TorchEngine:
 
     def _logits(self, ids: list[int], attention: StepAttention, rows: list[int]) -> torch.Tensor:
         """One forward over all tokens of a step; float32 logits after the given rows, [rows, vocabulary]."""
-        wanted = 0 if len(rows) == len(ids) else torch.tensor(rows, device=self._device)
+        wanted = 0 if len(rows) == len(ids) else torch.tensor(rows, dtype=torch.long, device=self._device)
         output = self._model(
             input_ids=torch.tensor([ids], device=self._device),
             position_ids=torch.from_numpy(attention.positions).unsqueeze(0).to(self._device),
