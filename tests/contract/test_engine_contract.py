@@ -11,10 +11,13 @@ import pytest
 
 from cluster.errors import InvalidRequest, MobulaError
 from cluster.handoff import RequestState, Token
-from cluster.kv import KvCleared, KvStored
+from cluster.kv import KvCleared, KvLayout, KvStored
+from cluster.performance import PerformanceModel
 from cluster.request import Request, SamplingParams
 from tests.workers.torch_engine.tiny import CONFIGS, save_model
+from workers.engines.emulated import EmulatedEngine
 from workers.engines.engine import Engine, StepOutput, Submission
+from workers.engines.step_driver import StepDriver
 from workers.engines.torch_engine.engine import TorchEngine
 
 WAIT_S = 30.0  # For events that come in milliseconds; only a broken engine waits so long.
@@ -25,8 +28,24 @@ def _torch(folder: Path) -> Engine:
     return TorchEngine(path=str(path), model="tiny", kv_blocks=256, step_budget_tokens=64)
 
 
+def _emulated(folder: Path) -> Engine:
+    return EmulatedEngine(
+        model="tiny",
+        performance=PerformanceModel(step_s=5e-4, prefill_token_s=1e-5, sequence_s=1e-5),
+        kv_blocks=256,
+        step_budget_tokens=64,
+        context_tokens=4096,
+        vocabulary=256,
+        layout=KvLayout(layers=2, kv_heads=2, head_dim=8),
+        driver=DRIVER,
+    )
+
+
+DRIVER = StepDriver()
+
 ENGINES: dict[str, Callable[[Path], Engine]] = {
     "torch": _torch,
+    "emulated": _emulated,
 }
 
 
