@@ -7,7 +7,7 @@ run out. Bookkeeping only, and not thread-safe: the tensors are in `kv_tensors`,
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -27,8 +27,10 @@ class BlockPool:
     def __init__(self, blocks: int, block_tokens: int) -> None:
         self.blocks = blocks
         self.block_tokens = block_tokens
-        self._free = list(range(blocks - 1, -1, -1))
-        self._holders = [0] * blocks
+        self._untouched = 0
+        """The first block that was never held, and so are all after it."""
+        self._free: list[int] = []
+        self._holders: Counter[int] = Counter()
         self._prefix_of: dict[int, _Prefix] = {}
         self._block_of: dict[int, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -37,7 +39,7 @@ class BlockPool:
     @property
     def available(self) -> int:
         """Blocks that `allocate` can give."""
-        return len(self._free) + len(self._cached)
+        return self.blocks - self._untouched + len(self._free) + len(self._cached)
 
     @property
     def used(self) -> int:
@@ -75,9 +77,7 @@ class BlockPool:
         """Blocks with one holder and nothing in them, or None where there are not so many."""
         if count > self.available:
             return None
-        while len(self._free) < count:
-            self._evict()
-        blocks = [self._free.pop() for _ in range(count)]
+        blocks = [self._empty() for _ in range(count)]
         for block in blocks:
             self._holders[block] = 1
         return blocks
@@ -108,15 +108,12 @@ class BlockPool:
             self._prefix_of[blocks[i]] = prefix
             self._stored(prefix)
 
-    def holds_prefix(self, digest: int) -> bool:
-        return digest in self._block_of
-
     def take_events(self) -> tuple[KvEvent, ...]:
         events, self._events = tuple(self._events), []
         return events
 
     def picture(self) -> tuple[KvEvent, ...]:
-        """KvCleared, then everything shareable, parents before children."""
+        """KvCleared, then everything shareable."""
         return (
             KvCleared(),
             *(
@@ -125,16 +122,24 @@ class BlockPool:
             ),
         )
 
-    def _evict(self) -> None:
+    def _empty(self) -> int:
+        if self._free:
+            return self._free.pop()
+        if self._untouched < self.blocks:
+            self._untouched += 1
+            return self._untouched - 1
+        return self._evict()
+
+    def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
         digest = self._prefix_of.pop(block).digest
         del self._block_of[digest]
-        self._free.append(block)
         match self._events[-1:]:
             case [KvRemoved(hashes=hashes)]:
                 self._events[-1] = KvRemoved(hashes=(*hashes, digest))
             case _:
                 self._events.append(KvRemoved(hashes=(digest,)))
+        return block
 
     def _stored(self, prefix: _Prefix) -> None:
         match self._events[-1:]:

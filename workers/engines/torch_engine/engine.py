@@ -254,7 +254,7 @@ class TorchEngine:
         now_s = time.monotonic()
         with self._lock:
             self._steps += 1
-            self._prompt_tokens += shape.prefill_tokens
+            self._prompt_tokens += sum(work.count for work in works if not work.sequence.decoding)
             self._durations_s.append(now_s - began_s)
             self._power_w = self.performance.power_w(*shape)
             self._settle(works, drawn, now_s)
@@ -282,7 +282,7 @@ class TorchEngine:
 
     def _logits(self, ids: list[int], attention: StepAttention, rows: list[int]) -> torch.Tensor:
         """One forward over all tokens of a step; float32 logits after the given rows, [rows, vocabulary]."""
-        wanted = 0 if len(rows) == len(ids) else torch.tensor(rows, device=self._device)
+        wanted = 0 if len(rows) == len(ids) else torch.tensor(rows, dtype=torch.long, device=self._device)
         output = self._model(
             input_ids=torch.tensor([ids], device=self._device),
             position_ids=torch.from_numpy(attention.positions).unsqueeze(0).to(self._device),
@@ -338,6 +338,7 @@ class TorchEngine:
                     with self._lock:
                         self._changed.wait_for(lambda: self._anything_new)
         finally:
+            self._stopped.set()
             self._fail_everything()
 
     # Under the lock.

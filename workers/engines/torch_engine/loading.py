@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils.logging import disable_progress_bar
 
 from cluster.errors import InvalidConfig, InvalidModel
 from cluster.kv import DTYPE_BYTES, KvLayout
@@ -117,6 +118,7 @@ def _tokenizer(directory: Path) -> Tokenizer:
 
 
 def _model(directory: Path, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
