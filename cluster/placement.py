@@ -1,0 +1,23 @@
+"""Where a fleet's replicas go: each named replica, and the worker process that hosts it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from cluster.fleet import ModelSpec, NodeSpec, ReplicaGroup
+
+
+class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica to start."""
+
+    replica_id: str
+    group: ReplicaGroup
+    model: ModelSpec
+
+
+class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker process to start, and what it hosts."""
+
+    worker_id: str
+    node: NodeSpec
+    replicas: tuple[ReplicaPlan, ...]
