@@ -1,4 +1,5 @@
-"""Accelerators by their data sheets: the ceilings of a roofline. What share of them is reached is `cluster.roofline`'s matter."""
+"""Accelerators by their data sheets: the ceilings of a roofline. What share of them is reached is
+`cluster.performance.roofline`'s matter."""
 
 from __future__ import annotations
 
