@@ -36,7 +36,8 @@ class MembershipTable:
 
     @property
     def membership(self) -> Membership:
-        return Membership(version=self._version, replicas=tuple(self._replicas.values()))
+        """By replica id, so that equal tables are equal tuples."""
+        return Membership(version=self._version, replicas=tuple(self._replicas[name] for name in sorted(self._replicas)))
 
     def register(self, replicas: tuple[Replica, ...], now_s: float) -> None:
         """The workers named in them host exactly these from now on. Saying it again is harmless."""
@@ -62,7 +63,8 @@ class MembershipTable:
         silent = {worker for worker, heard_s in self._heard_s.items() if now_s - heard_s > SILENCE_S}
         lost = tuple(replica for replica in self._replicas.values() if replica.worker_id in silent)
         for worker_id in silent:
-            self.deregister(worker_id)
+            del self._heard_s[worker_id]
+        self._become({name: replica for name, replica in self._replicas.items() if replica.worker_id not in silent})
         return tuple(msgspec.structs.replace(replica, phase=Phase.LOST) for replica in lost)
 
     def _aged(self, replica: Replica, worker_id: str, phases: Mapping[str, Phase], now_s: float) -> Replica:
