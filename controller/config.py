@@ -22,7 +22,7 @@ import msgspec
 import psutil
 
 from cluster.errors import InvalidConfig
-from cluster.fleet import Fleet, GatewaySpec, ModelSpec, NodeSpec, ReplicaGroup
+from cluster.fleet import Fleet, GatewaySpec, ModelSpec, NodeSpec, ReplicaGroup, RoutingSpec
 from cluster.kv import DTYPE_BYTES, KvLayout
 from cluster.placement import ReplicaPlan, WorkerPlan
 
@@ -76,7 +76,7 @@ def check(fleet: Fleet) -> None:
     _check_roles(fleet)
     _check_gateway(fleet.gateway)
     _check_transport(fleet)
-    _check_router(fleet.routing.use)
+    _check_router(fleet.routing)
     for model in fleet.models:
         _check_model(fleet, model)
     _check_memory(fleet)
@@ -321,14 +321,16 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _check_router(use: str) -> None:
-    module, _, name = use.partition(":")
+def _check_router(routing: RoutingSpec) -> None:
+    module, _, name = routing.use.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        router = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidConfig(f"routing.use {use!r} cannot be imported as module:Class: {error}") from error
-    if not isinstance(found, type):
-        raise InvalidConfig(f"routing.use {use!r} is no class")
+        raise InvalidConfig(f"routing.use {routing.use!r} cannot be imported as module:Class: {error}") from error
+    try:
+        router(**routing.settings)
+    except (TypeError, ValueError) as error:
+        raise InvalidConfig(f"routing.settings do not fit {routing.use}: {error}") from error
 
 
 def _check_port_free(host: str, port: int) -> None:

@@ -83,10 +83,11 @@ REFUSED = {
     "keys file missing": ("allow_anonymous: true", "keys_file: no.keys", "no.keys is no file"),
     "not loopback": ("gateway: {", "gateway: {host: 0.0.0.0, ", "gateway.host 0.0.0.0 is no loopback address"),
     "tls incomplete": ("gateway:", "transport: {tls_dir: tiny}\ngateway:", "lacks ca.pem"),
-    "secret missing": ("gateway:", "transport: {secret_file: no}\ngateway:", "is no file"),
+    "secret missing": ("gateway:", "transport: {secret_file: none.txt}\ngateway:", "is no file"),
     "no throughput": ("gateway:", "transport: {kv_bytes_per_s: 0}\ngateway:", "kv_bytes_per_s 0.0 is not above 0"),
     "model missing": ("path: tiny", "path: ./absent", "absent is no directory"),
     "no router": ("gateway:", "routing: {use: 'policies.policy:Rooter'}\ngateway:", "routing.use 'policies.policy:Rooter' cannot be imported"),
+    "unknown setting of the router": ("gateway:", "routing: {settings: {wieght: 1}}\ngateway:", "routing.settings do not fit policies"),
     "more KV than memory": ("count: 3, kv_blocks: 64", "count: 3, kv_blocks: 1000000000", "kv_blocks of 8192 bytes bring the fleet's KV to"),
     "no YAML": ("models: [", "models: [[", "is no YAML"),
 }  # fmt: skip
