@@ -9,7 +9,7 @@ import psutil
 import typer
 
 from cli.fleet_home import FleetHome, Record, only_fleet
-from cluster.errors import MobulaError
+from cluster.errors import InvalidConfig
 
 DRAIN_S = 75.0  # Requests drain for 30 s; then the gateway, workers and Ray end.
 KILL_S = 5.0
@@ -17,15 +17,10 @@ KILL_S = 5.0
 
 def down(fleet: Annotated[str | None, typer.Argument(help="Name of the fleet; may be left out with only one up.")] = None) -> None:
     """Stop a fleet: requests finish, then every process ends."""
-    try:
-        home = FleetHome(only_fleet(fleet))
-    except MobulaError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+    home = FleetHome(only_fleet(fleet))
     record = home.record()
     if record is None:
-        typer.echo(f"error: no fleet {home.path.name} is up", err=True)
-        raise typer.Exit(1)
+        raise InvalidConfig(f"no fleet {home.path.name} is up: {home.record_path} is not there")
     killed = end_fleet(record)
     home.clear()
     typer.echo(f"{record.fleet} is down" + (f"; {killed} processes had to be killed" if killed else ""))

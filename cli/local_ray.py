@@ -22,10 +22,13 @@ TERMINATE_S = 3.0
 PR_SET_CHILD_SUBREAPER = 36
 
 
-def prepare_environment() -> None:
-    """Before Ray is imported: it reads these once."""
+def prepare_environment(directory: Path) -> None:
+    """Before Ray is imported: it reads these once. `directory`: where all its files go."""
+    (directory / "ray").mkdir()
     os.environ.update(
+        RAY_TMPDIR=str(directory),
         RAY_USAGE_STATS_ENABLED="0",
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # Else Ray takes 127.0.0.1 for a mistake and looks for a reachable address.
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=secrets.token_hex(32),
         RAY_DEDUP_LOGS="0",
@@ -44,7 +47,8 @@ class LocalRay:
 
     def __init__(self, nodes: Sequence[NodeSpec], label: str) -> None:
         """Blocks until all nodes are there."""
-        self._directory = Path(tempfile.mkdtemp(prefix="mobula-"))
+        self._directory = Path(tempfile.mkdtemp(prefix="mobula-", dir="/tmp"))  # Sockets' paths must be short.
+        prepare_environment(self._directory)
         self._cluster: Any = None
         try:
             self._start(nodes, label)
@@ -66,7 +70,7 @@ class LocalRay:
             }
             if index == 0:
                 # An exact port, so that two clusters that start at once do not both take the default.
-                arguments |= {"include_dashboard": False, "temp_dir": str(self._directory), "port": 0}
+                arguments |= {"include_dashboard": False, "gcs_server_port": 0}
             self._cluster.add_node(wait=index == 0, **arguments)
         self._cluster.wait_for_nodes()
         ray.init(address=self._cluster.address, log_to_driver=False, logging_level="warning")

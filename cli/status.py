@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from cli.fleet_home import FleetHome, FleetStatus, ReplicaStatus, only_fleet
-from cluster.errors import MobulaError, Unreachable
+from cluster.errors import Unreachable
 
 ANSWER_S = 5.0
 REFRESH_S = 1.0
@@ -27,18 +27,14 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until Ctrl-C.")] = False,
 ) -> None:
     """Show a fleet's replicas: role, phase, process, load."""
-    try:
-        home = FleetHome(only_fleet(fleet))
-        now = fetch(home)
-        if as_json:
-            typer.echo(msgspec.json.encode(now))
-        elif watch:
-            _watch(home, now)
-        else:
-            Console().print(table(now))
-    except MobulaError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+    home = FleetHome(only_fleet(fleet))
+    now = fetch(home)
+    if as_json:
+        typer.echo(msgspec.json.encode(now))
+    elif watch:
+        _watch(home, now)
+    else:
+        Console().print(table(now))
 
 
 def fetch(home: FleetHome) -> FleetStatus:

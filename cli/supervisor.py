@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import secrets
@@ -22,9 +23,10 @@ import msgspec
 import psutil
 
 from cli.fleet_home import FleetHome, FleetStatus, Record, ReplicaStatus, identify
-from cli.local_ray import LocalRay, adopt_orphans, end_children, prepare_environment
-from cluster.errors import MobulaError
+from cli.local_ray import LocalRay, adopt_orphans, end_children
+from cluster.errors import MobulaError, Unreachable
 from cluster.fleet import Fleet
+from cluster.placement import NODE_LABEL
 from cluster.replica import Load, Phase
 
 log = logging.getLogger("mobula")
@@ -90,10 +92,7 @@ def _supervise(order: Order, home: FleetHome, tell: Tell) -> None:
 @contextlib.contextmanager
 def _ray(order: Order, tell: Tell) -> Iterator[None]:
     if order.address is None:
-        prepare_environment()
         tell(Progress(kind="phase", text=f"Starting Ray with {len(order.fleet.nodes)} nodes"))
-        from controller.act.replicas import NODE_LABEL
-
         local = None
         try:
             local = LocalRay(order.fleet.nodes, NODE_LABEL)
@@ -159,6 +158,8 @@ class _Supervisor:
         self._tell(Progress(kind="ready", text=self._record.url))
 
     async def _open_gateway(self) -> None:
+        if importlib.util.find_spec("gateway.deployment") is None:
+            return
         from gateway.deployment import deploy
 
         await asyncio.to_thread(deploy, self._fleet, self._secret)
@@ -166,9 +167,9 @@ class _Supervisor:
     async def _end(self) -> None:
         """The gateway first, so that nothing new comes; then the workers, which finish what they have."""
         if self._workers is not None:
-            from gateway.deployment import shutdown
-
             with contextlib.suppress(Exception):
+                from gateway.deployment import shutdown
+
                 await asyncio.to_thread(shutdown)
             await self._workers.stop()
 
@@ -185,8 +186,12 @@ class _Supervisor:
         lost = await self._registry.lost()
         rows = (*membership.replicas, *lost)
         workers = sorted({row.worker_id for row in rows})
-        answers = await asyncio.gather(*(self._workers.call(worker, "status", STATUS_S) for worker in workers), return_exceptions=True)
-        by_worker = {worker: answer for worker, answer in zip(workers, answers, strict=True) if not isinstance(answer, BaseException)}
+        answers = await asyncio.gather(
+            *(self._workers.call(worker, "status", STATUS_S) for worker in workers), return_exceptions=True
+        )
+        by_worker = {
+            worker: answer for worker, answer in zip(workers, answers, strict=True) if not isinstance(answer, BaseException)
+        }
         loads: dict[str, Load] = {load.replica_id: load for answer in by_worker.values() for load in answer.loads}
         return FleetStatus(
             fleet=self._fleet.name,
@@ -194,6 +199,13 @@ class _Supervisor:
             version=membership.version,
             replicas=tuple(_row(row, by_worker.get(row.worker_id), loads.get(row.replica_id)) for row in rows),
         )
+
+    async def _ask(self, worker_id: str) -> Any:
+        """A worker's status; None where it does not answer."""
+        try:
+            return await self._workers.call(worker_id, "status", STATUS_S)
+        except Unreachable:
+            return None
 
 
 def _row(row: Any, worker: Any, load: Load | None) -> ReplicaStatus:

@@ -7,22 +7,20 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
 import msgspec
-import psutil
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 import cli
-from cli.fleet_home import FleetHome, identify
+from cli.fleet_home import FleetHome
 from cli.supervisor import Order, Progress
-from cluster.errors import InvalidConfig, MobulaError, Unreachable
+from cluster.errors import InvalidConfig, Unreachable
 from cluster.fleet import Fleet
 
 STOP_S = 90.0  # Longer than draining, Ray's shutdown and the last kill together.
@@ -34,12 +32,7 @@ def up(
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until Ctrl-C, which stops the fleet.")] = False,
 ) -> None:
     """Start a fleet: Ray, workers and gateway. Returns when all is ready."""
-    console = Console(stderr=True)
-    try:
-        process, url = start(file, address, console)
-    except MobulaError as error:
-        console.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from error
+    process, url = start(file, address, Console(stderr=True))
     typer.echo(url)
     if foreground:
         with contextlib.suppress(KeyboardInterrupt):
@@ -77,7 +70,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def _refuse_second(fleet: Fleet, home: FleetHome) -> None:
     record = home.record()
     if record is not None and record.supervisor.find() is not None:
-        raise InvalidConfig(f"fleet {fleet.name} is already up as process {record.supervisor.pid} at {record.url}; end it with `mobula down`")
+        raise InvalidConfig(
+            f"fleet {fleet.name} is already up as process {record.supervisor.pid} at {record.url}; end it with `mobula down`"
+        )
 
 
 def _spawn(order: Order, home: FleetHome) -> tuple[subprocess.Popen[bytes], BinaryIO]:

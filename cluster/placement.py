@@ -6,6 +6,9 @@ import msgspec
 
 from cluster.fleet import ModelSpec, NodeSpec, ReplicaGroup
 
+NODE_LABEL = "mobula-node"
+"""The label by which a Ray node is known as one of the fleet's; its value is the node's name."""
+
 
 class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One replica to start."""

@@ -12,11 +12,10 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.errors import InvalidConfig, MobulaError, Unreachable
 from cluster.fleet import Fleet
-from cluster.placement import WorkerPlan
+from cluster.placement import NODE_LABEL, WorkerPlan
 from controller.registry import REGISTRY_NAME, Registry, RegistryClient, namespace_of
 from workers.worker import DRAIN_S, Worker
 
-NODE_LABEL = "mobula-node"
 START_S = 900.0  # A big checkpoint from a slow disk, or from the hub.
 REGISTRY_START_S = 60.0
 STOP_S = 20.0  # Beyond draining: an engine's last step and the streams' grace.

@@ -60,6 +60,7 @@ def test_relative_paths_start_from_the_file(write):
     assert read_fleet(path).models[0].path == str(path.parent / "tiny")
 
 
+# ruff: noqa: E501
 REFUSED = {
     "unknown key": ("count: 3", "cuont: 3", "unknown key `replicas[1].cuont`; did you mean count?"),
     "unknown key in a group's pace": ("shape: llama-3.1-8b, accelerator: h100", "shap: x", "`replicas[0].pace.shap`; did you mean shape"),
