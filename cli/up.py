@@ -70,9 +70,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def _refuse_second(fleet: Fleet, home: FleetHome) -> None:
     record = home.record()
     if record is not None and record.supervisor.find() is not None:
-        raise InvalidConfig(
-            f"fleet {fleet.name} is already up as process {record.supervisor.pid} at {record.url}; end it with `mobula down`"
-        )
+        running = f"is up as process {record.supervisor.pid} at {record.url}"
+        raise InvalidConfig(f"fleet {fleet.name} {running}; end it with `mobula down {fleet.name}`")
 
 
 def _spawn(order: Order, home: FleetHome) -> tuple[subprocess.Popen[bytes], BinaryIO]:
