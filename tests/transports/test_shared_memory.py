@@ -1,0 +1,134 @@
+"""Shared memory's own promises: nothing is left behind, nothing but a segment is opened, and frames are the way out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import transports.grpc
+from cluster.errors import ProtocolMismatch
+from cluster.handoff import RequestState
+from cluster.kv import KvLayout
+from cluster.request import Request, SamplingParams
+from transports import shared_memory
+from transports.grpc import GrpcTransport
+from transports.messages import KvChunk, KvDone, PullKv
+from transports.shared_memory import SHM_DIR, SharedMemoryTransport
+from transports.transport import Credential
+
+CREDENTIAL = Credential(secret="sesame")
+NAME = f"mobula-{os.getpid()}-{'0' * 32}"
+PULL = PullKv(
+    replica_id="p0",
+    request=Request(request_id="r", model="m", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=1)),
+    attempt=0,
+    skip_tokens=0,
+    layout=KvLayout(layers=1, kv_heads=1, head_dim=4),
+)
+KV = np.arange(24, dtype=np.float32).reshape(2, 3, 1, 4)
+
+
+class Worker:
+    def pulled(self, pull, outbox):
+        outbox.put(KvChunk(layer=0, first_token=0, tokens=3), KV)
+        state = RequestState(request=pull.request, generated=(4,))
+        outbox.end(KvDone(state=state, queue_s=0.0, prefill_s=0.0, cached_tokens=0))
+
+
+@pytest.fixture
+def segment():
+    view = shared_memory.create(NAME, 96)
+    yield view
+    (SHM_DIR / NAME).unlink(missing_ok=True)
+
+
+async def pulled(receiver, sender, monkeypatch):
+    """Pull once. Returns where in shared memory each piece lay; None is in its frame."""
+    offsets, arrays = [], []
+    located = transports.grpc._located
+
+    def spy(piece, *rest):
+        offsets.append(piece.offset)
+        return located(piece, *rest)
+
+    monkeypatch.setattr(transports.grpc, "_located", spy)
+    listener = await sender.serve(Worker(), "127.0.0.1", 0)
+    try:
+        await receiver.pull(listener.endpoint, PULL, lambda chunk, kv: arrays.append(kv.copy()))
+    finally:
+        await listener.close(0)
+    np.testing.assert_array_equal(arrays, [KV])
+    return offsets
+
+
+@pytest.mark.parametrize(
+    ("receiver", "sender", "offset"),
+    [
+        (SharedMemoryTransport, SharedMemoryTransport, 0),
+        (GrpcTransport, SharedMemoryTransport, None),
+        (SharedMemoryTransport, GrpcTransport, None),
+    ],
+)
+async def test_either_kind_serves_either_kind(receiver, sender, offset, monkeypatch):
+    assert await pulled(receiver(CREDENTIAL), sender(CREDENTIAL), monkeypatch) == [offset]
+
+
+async def test_kv_goes_in_frames_where_memory_is_full(monkeypatch):
+    def full(file, offset, size):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert await pulled(SharedMemoryTransport(CREDENTIAL), SharedMemoryTransport(CREDENTIAL), monkeypatch) == [None]
+    assert not list(SHM_DIR.glob(f"mobula-{os.getpid()}-*"))
+
+
+def test_a_segment_beyond_the_free_space_is_not_created():
+    assert shared_memory.create(NAME, 2**60) is None
+    assert not (SHM_DIR / NAME).exists()
+
+
+def test_what_one_end_writes_the_other_reads(segment):
+    shared_memory.open_segment(NAME, 96)[:4] = b"KVKV"
+    assert bytes(segment[:4]) == b"KVKV"
+    assert (SHM_DIR / NAME).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_host_without_the_segment_says_so():
+    assert shared_memory.open_segment(NAME, 96) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["../etc/passwd", "mobula-1-x", f"{NAME}/", f"{NAME}\n", f"x{NAME}", "", b"\xff", f"mobula-0-{'0' * 32}"]
+)
+def test_no_other_name_is_opened(name):
+    with pytest.raises(ProtocolMismatch, match="no name"):
+        shared_memory.open_segment(name, 96)
+
+
+def test_a_segment_of_another_size_is_refused(segment):
+    with pytest.raises(ProtocolMismatch, match="96 bytes, not 97"):
+        shared_memory.open_segment(NAME, 97)
+
+
+def test_a_link_is_not_followed(tmp_path):
+    (tmp_path / "target").write_bytes(bytes(96))
+    (SHM_DIR / NAME).symlink_to(tmp_path / "target")
+    try:
+        with pytest.raises(ProtocolMismatch):
+            shared_memory.open_segment(NAME, 96)
+    finally:
+        (SHM_DIR / NAME).unlink()
+
+
+def test_sweep_removes_segments_of_the_dead_only(segment):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = f"mobula-{dead.pid}-{'1' * 32}"
+    shared_memory.create(left, 96)
+    assert shared_memory.sweep() >= 1
+    assert not (SHM_DIR / left).exists()
+    assert (SHM_DIR / NAME).exists()
