@@ -1,0 +1,1 @@
+"""Two minutes of load, and the show around it."""

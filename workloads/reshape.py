@@ -1,0 +1,44 @@
+"""Cuts a window out of a trace and scales it, so that a big fleet's traffic fits a small one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from cluster.record import TraceRow
+
+
+def window(rows: Iterable[TraceRow], start_s: float, span_s: float | None, *, ordered: bool = True) -> Iterator[TraceRow]:
+    """Rows arriving in [start_s, start_s + span_s), rebased so that start_s is 0. `ordered` rows are read no further than that."""
+    end_s = float("inf") if span_s is None else start_s + span_s
+    for row in rows:
+        if start_s <= row.arrival_s < end_s:
+            yield msgspec.structs.replace(row, arrival_s=row.arrival_s - start_s)
+        elif ordered and row.arrival_s >= end_s:
+            return
+
+
+class Scale(msgspec.Struct, frozen=True, kw_only=True):
+    """Factors and bounds for each row. Blocks shrink with their prompt, so that the shared part of prompts stays the same."""
+
+    prompt: float = 1.0
+    output: float = 1.0
+    rate: float = 1.0
+    """2.0 lets the same requests arrive twice as fast."""
+    max_prompt_tokens: int | None = None
+    max_output_tokens: int | None = None
+
+    def __call__(self, row: TraceRow) -> TraceRow:
+        return msgspec.structs.replace(
+            row,
+            arrival_s=row.arrival_s / self.rate,
+            prompt_tokens=_scaled(row.prompt_tokens, self.prompt, self.max_prompt_tokens),
+            output_tokens=_scaled(row.output_tokens, self.output, self.max_output_tokens),
+            block_tokens=max(1, round(row.block_tokens * self.prompt)),
+        )
+
+
+def _scaled(tokens: int, factor: float, bound: int | None) -> int:
+    scaled = max(1, round(tokens * factor))
+    return scaled if bound is None else min(scaled, bound)

@@ -1,0 +1,226 @@
+"""Reads traces of what arrived: Azure LLM 2023 and 2024, Mooncake, BurstGPT, and our own.
+
+The first line tells the format. Rows stream in the file's order; times are rebased so that the first row arrives at 0, except
+in our own format, whose times already count from the trace's start (and whose lines are in the order of completion).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, BinaryIO, TypeVar
+
+import msgspec
+
+from cluster.errors import InvalidTrace
+from cluster.record import TraceRow
+
+MAX_LINE_BYTES = 8 * 2**20  # A million-token prompt's block hashes fit; a file that is no text does not eat the memory.
+MAX_TOKENS = 2**31 - 1
+SHOWN_CHARS = 60
+
+AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
+FORMATS = ("mobula", "mooncake", "azure", "burstgpt")
+
+Lines = Iterator[tuple[int, bytes]]
+Row = TypeVar("Row")
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """A trace file, its format known."""
+
+    path: Path
+    format: str
+    """One of FORMATS."""
+
+    @property
+    def ordered(self) -> bool:
+        """Whether rows come in order of arrival, so that reading can stop early."""
+        return self.format != "mobula"
+
+    def __iter__(self) -> Iterator[TraceRow]:
+        """The rows, one by one. Raises InvalidTrace at the first broken line."""
+        with self.path.open("rb") as file:
+            yield from _READERS[self.format](str(self.path), _lines(str(self.path), file))
+
+
+def open_trace(path: str | Path, format: str | None = None) -> Trace:
+    """A trace whose format is read off its first line unless given. Raises InvalidTrace."""
+    path = Path(path)
+    if format is not None and format not in FORMATS:
+        raise InvalidTrace(f"format {format!r} is none of {', '.join(FORMATS)}")
+    try:
+        with path.open("rb") as file:
+            line, first = next(_lines(str(path), file), (1, b""))
+    except OSError as error:
+        raise InvalidTrace(f"{path}: {error.strerror}") from error
+    return Trace(path=path, format=format or _detect(str(path), line, first))
+
+
+def _detect(path: str, line: int, first: bytes) -> str:
+    try:
+        if first.startswith(b"{"):
+            keys = msgspec.json.decode(first, type=dict[str, msgspec.Raw]).keys()
+            if "arrival_s" in keys or "schema" in keys:
+                return "mobula"
+            if "hash_ids" in keys or "input_length" in keys:
+                return "mooncake"
+        else:
+            columns = {name.strip() for name in first.decode().split(",")}
+            if columns.issuperset(AZURE):
+                return "azure"
+            if columns.issuperset(BURSTGPT):
+                return "burstgpt"
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        pass
+    raise _invalid(
+        path,
+        line,
+        first,
+        f"a header with {', '.join(AZURE)} (Azure) or {', '.join(BURSTGPT)} (BurstGPT), "
+        "or JSON with hash_ids (Mooncake) or arrival_s (Mobula)",
+    )
+
+
+def _lines(path: str, file: BinaryIO) -> Lines:
+    """Numbered lines that are not blank, without their ends or a byte order mark."""
+    number = 0
+    while data := file.readline(MAX_LINE_BYTES):
+        number += 1
+        if len(data) == MAX_LINE_BYTES:
+            raise InvalidTrace(f"{path}:{number}: line of {MAX_LINE_BYTES} bytes or more; expected a text file of shorter lines")
+        if number == 1:
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        if line := data.strip():
+            yield number, line
+
+
+def _invalid(path: str, line: int, value: bytes | str, expected: str) -> InvalidTrace:
+    text = value.decode(errors="replace") if isinstance(value, bytes) else value
+    shown = text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "..."
+    return InvalidTrace(f"{path}:{line}: {shown!r}: expected {expected}")
+
+
+# JSON lines
+
+
+def _mobula(path: str, lines: Lines) -> Iterator[TraceRow]:
+    decode = msgspec.json.Decoder(TraceRow).decode
+    for number, line in lines:
+        yield _decoded(decode, path, number, line)
+
+
+Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
+
+
+class _MooncakeLine(msgspec.Struct, frozen=True):
+    timestamp: Annotated[float, msgspec.Meta(ge=0)]
+    input_length: Length
+    output_length: Length
+    hash_ids: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+
+
+def _mooncake(path: str, lines: Lines) -> Iterator[TraceRow]:
+    decode = msgspec.json.Decoder(_MooncakeLine).decode
+    start_ms = None
+    for number, line in lines:
+        row = _decoded(decode, path, number, line)
+        start_ms = row.timestamp if start_ms is None else start_ms
+        yield TraceRow(
+            arrival_s=_after_start((row.timestamp - start_ms) / 1000, path, number, line),
+            prompt_tokens=max(1, row.input_length),
+            output_tokens=row.output_length,
+            block_hashes=row.hash_ids,
+            block_tokens=512,
+        )
+
+
+def _decoded(decode: Callable[[bytes], Row], path: str, number: int, line: bytes) -> Row:
+    try:
+        return decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _invalid(path, number, line, f"a whole JSON record ({error})") from error
+
+
+# Comma-separated values
+
+
+def _azure(path: str, lines: Lines) -> Iterator[TraceRow]:
+    start_s = None
+    for number, (at, prompt, output) in _columns(path, lines, AZURE):
+        at_s = _unix_s(at, path, number)
+        start_s = at_s if start_s is None else start_s
+        yield TraceRow(
+            arrival_s=_after_start(at_s - start_s, path, number, at),
+            prompt_tokens=max(1, _tokens("ContextTokens", prompt, path, number)),
+            output_tokens=_tokens("GeneratedTokens", output, path, number),
+        )
+
+
+def _burstgpt(path: str, lines: Lines) -> Iterator[TraceRow]:
+    """The first release has no `Session ID`; where a response has 0 tokens the service had failed."""
+    start_s = None
+    for number, (at, prompt, output, session) in _columns(path, lines, BURSTGPT, optional=("Session ID",)):
+        at_s = _seconds("Timestamp", at, path, number)
+        start_s = at_s if start_s is None else start_s
+        yield TraceRow(
+            arrival_s=_after_start(at_s - start_s, path, number, at),
+            prompt_tokens=max(1, _tokens("Request tokens", prompt, path, number)),
+            output_tokens=_tokens("Response tokens", output, path, number),
+            session_id=session or None,
+        )
+
+
+def _columns(path: str, lines: Lines, wanted: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator[tuple[int, list[str]]]:
+    """The wanted columns of each row after the header, then the optional ones, empty where the file has none."""
+    number, header = next(lines, (1, b""))
+    names = [name.strip() for name in header.decode(errors="replace").split(",")]
+    if missing := [name for name in wanted if name not in names]:
+        raise _invalid(path, number, header, f"a header with {', '.join(missing)}")
+    places = [names.index(name) for name in wanted]
+    extra = [names.index(name) if name in names else None for name in optional]
+    for number, line in lines:
+        fields = line.decode(errors="replace").split(",")
+        if len(fields) != len(names):
+            raise _invalid(path, number, line, f"{len(names)} fields ({', '.join(names)}), found {len(fields)}")
+        yield number, [fields[place] for place in places] + ["" if place is None else fields[place] for place in extra]
+
+
+def _tokens(name: str, text: str, path: str, number: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= MAX_TOKENS):
+        raise _invalid(path, number, text, f"{name} as a whole number in [0, {MAX_TOKENS}]")
+    return int(text)
+
+
+def _seconds(name: str, text: str, path: str, number: int) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise _invalid(path, number, text, f"{name} as seconds >= 0")
+    return value
+
+
+def _unix_s(text: str, path: str, number: int) -> float:
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise _invalid(path, number, text, "TIMESTAMP like 2023-11-16 18:15:46.6805900, with or without +00:00") from error
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+
+
+def _after_start(at_s: float, path: str, number: int, value: bytes | str) -> float:
+    if at_s < 0:
+        raise _invalid(path, number, value, f"a time not before the first row's; it is {-at_s:g} s before")
+    return at_s
+
+
+_READERS: dict[str, Callable[[str, Lines], Iterator[TraceRow]]] = {
+    "mobula": _mobula,
+    "mooncake": _mooncake,
+    "azure": _azure,
+    "burstgpt": _burstgpt,
+}
