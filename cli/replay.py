@@ -24,18 +24,6 @@ MAX_ROWS = 1_000_000  # Held in memory, about 1 KB each; more than a day at ten 
 ROLLING = 50
 CONNECT_S = 5.0
 
-EPILOG = """
-Examples:
-
-mobula replay azure_conv.csv --minutes 5 --scale-prompt 0.1 --scale-output 0.1
-
-mobula replay conversation_trace.jsonl --scale-rate 2 --slo-ttft 0.5 --slo-tpot 0.05 --plot run.png
-
-mobula replay "poisson:rate=4,minutes=2,prompt=lognormal(200,0.6),output=fixed(32)" --seed 7 --json
-
-mobula replay "steps:rates=2x40/8x40/2x40,prompt=uniform(50,400),output=fixed(32),shared=0.5,prefix=64"
-"""
-
 
 def replay(
     trace: Annotated[str, typer.Argument(help="Trace file (Azure LLM, Mooncake, BurstGPT, request log) or a generator.")],
@@ -63,6 +51,16 @@ def replay(
     """Send a trace's requests at their times and report latency and goodput.
 
     Exits with 0, with 1 if any request was rejected or failed, and with 2 on bad input.
+
+    Examples:
+
+    mobula replay azure_conv.csv --minutes 5 --scale-prompt 0.1 --scale-output 0.1
+
+    mobula replay conversation_trace.jsonl --scale-rate 2 --slo-ttft 0.5 --slo-tpot 0.05 --plot run.png
+
+    mobula replay "poisson:rate=4,minutes=2,prompt=lognormal(200,0.6),output=fixed(32)" --seed 7 --json
+
+    mobula replay "steps:rates=2x40/8x40/2x40,prompt=uniform(50,400),output=fixed(32),shared=0.5,prefix=64"
     """
     import msgspec
     from rich.console import Console

@@ -7,6 +7,7 @@ cryptographic: an engine compares token ids before it trusts a hit.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import msgspec
@@ -76,6 +77,11 @@ def block_hashes(tokens: Sequence[int], namespace: KvNamespace) -> list[int]:
         chained = digest(data[start : start + stride], chained)
         hashes.append(chained)
     return hashes
+
+
+def next_block_hash(parent: int, tokens: Sequence[int]) -> int:
+    """Hash of one full block after the block (or namespace root) of hash `parent`: `block_hashes`, a block at a time."""
+    return int(xxhash.xxh3_64_intdigest(array("i", tokens).tobytes(), parent))
 
 
 class KvStored(msgspec.Struct, frozen=True, kw_only=True, tag="stored"):

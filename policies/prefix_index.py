@@ -48,8 +48,9 @@ class PrefixIndex:
         holders = self._holders
         depths: list[tuple[int, int]] = []
         seen, limit = 0, len(hashes)
-        while len(depths) < MAX_DEPTHS:
-            low, high, found = 0, limit, 0
+        anyone = holders.get(hashes[0], 0) if hashes else 0
+        while anyone & ~seen and limit and len(depths) < MAX_DEPTHS:
+            low, high, found = 1, limit, anyone & ~seen
             while low < high:
                 middle = (low + high + 1) // 2
                 fresh = holders.get(hashes[middle - 1], 0) & ~seen
@@ -57,8 +58,6 @@ class PrefixIndex:
                     low, found = middle, fresh
                 else:
                     high = middle - 1
-            if not low:
-                break
             depths.append((low, found))
             seen |= found
             limit = low - 1

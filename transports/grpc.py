@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
 
 import grpc
 import grpc.aio
@@ -36,6 +37,19 @@ SERVICE = "mobula.Worker"
 SEGMENT = "mobula-segment"
 MAX_CALLS = 4096  # Streams and pulls at once, of all callers together.
 _ALIVE = wire.frame(wire.KvAlive())
+
+
+class Segment(Protocol):
+    """Memory that both ends of a pull can see."""
+
+    name: str
+    size: int
+
+    def write(self, offset: int, parts: Sequence[memoryview]) -> bool: ...
+
+    def read(self, offset: int, size: int) -> memoryview: ...
+
+    def close(self) -> None: ...
 
 
 class GrpcTransport:
@@ -73,19 +87,18 @@ class GrpcTransport:
         return _Link(channel, call, endpoint)
 
     async def pull(self, endpoint: str, pull: PullKv, write: Callable[[KvChunk, np.ndarray], None]) -> KvDone:
-        return await self._pull(endpoint, pull, write, None, None)
+        return await self._pull(endpoint, pull, write, None)
 
     async def _pull(
         self,
         endpoint: str,
         pull: PullKv,
         write: Callable[[KvChunk, np.ndarray], None],
-        segment_name: str | None,
-        segment: memoryview | None,
+        segment: Segment | None,
     ) -> KvDone:
         metadata = introduce(self._credential)
-        if segment_name is not None:
-            metadata = (*metadata, (SEGMENT, segment_name))
+        if segment is not None:
+            metadata = (*metadata, (SEGMENT, segment.name))
         channel = open_channel(endpoint, self._credential)
         call = channel.unary_stream(f"/{SERVICE}/Pull")(wire.encode(pull), metadata=metadata)
         try:
@@ -96,7 +109,7 @@ class GrpcTransport:
             call.cancel()
             await channel.close()
 
-    def _open_segment(self, name: str, size: int) -> memoryview | None:
+    def _open_segment(self, name: str, size: int) -> Segment | None:
         """Where a puller wants its KV; None sends it in the frames."""
         return None
 
@@ -132,7 +145,7 @@ class _Servicer:
         service: WorkerService,
         credential: Credential,
         throttle: Throttle,
-        open_segment: Callable[[str, int], memoryview | None],
+        open_segment: Callable[[str, int], Segment | None],
     ) -> None:
         self._service = service
         self._credential = credential
@@ -202,6 +215,8 @@ class _Servicer:
             await refuse(context, error)
         finally:
             queue.cancel()
+            if segment is not None:
+                segment.close()
 
     def _start(self, pull: PullKv, queue: KvQueue) -> None:
         try:
@@ -235,18 +250,16 @@ class _Servicer:
 class _Placement:
     """Where a pull's bytes go: one after the other into the receiver's segment while there is room, else into the frames."""
 
-    def __init__(self, segment: memoryview | None) -> None:
+    def __init__(self, segment: Segment | None) -> None:
         self._segment = segment
         self._used = 0
 
     def frame(self, piece: wire.KvBytes, payload: tuple[memoryview, ...]) -> bytes:
         size = sum(map(len, payload))
-        if self._segment is None or self._used + size > len(self._segment):
+        offset, end = self._used, self._used + size
+        if self._segment is None or end > self._segment.size or not self._segment.write(offset, payload):
             return wire.frame(piece, payload)
-        offset = self._used
-        for part in payload:
-            self._segment[self._used : self._used + len(part)] = part
-            self._used += len(part)
+        self._used = end
         return wire.frame(wire.KvBytes(chunk=piece.chunk, checksum=piece.checksum, offset=offset))
 
 
@@ -310,7 +323,7 @@ async def _receive(
     endpoint: str,
     pull: PullKv,
     write: Callable[[KvChunk, np.ndarray], None],
-    segment: memoryview | None,
+    segment: Segment | None,
 ) -> KvDone:
     arrivals = wire.Arrivals(pull)
     async with asyncio.timeout(SILENCE_S):
@@ -331,13 +344,13 @@ async def _receive(
                 raise Temporary(header.message) if header.retry else InvalidRequest(header.message)
 
 
-def _located(piece: wire.KvBytes, payload: memoryview, pull: PullKv, segment: memoryview | None) -> memoryview:
+def _located(piece: wire.KvBytes, payload: memoryview, pull: PullKv, segment: Segment | None) -> memoryview:
     if piece.offset is None:
         return payload
-    end = piece.offset + piece.chunk.tokens * pull.layout.layer_token_bytes
-    if segment is None or not 0 <= piece.offset < end <= len(segment):
-        raise ProtocolMismatch(f"KV at [{piece.offset}, {end}) is outside the shared memory of {len(segment or b'')} bytes")
-    return segment[piece.offset : end]
+    size = piece.chunk.tokens * pull.layout.layer_token_bytes
+    if segment is None or piece.offset < 0 or not 0 < size <= segment.size - piece.offset:
+        raise ProtocolMismatch(f"KV of {size} bytes at {piece.offset} is outside the shared memory that was offered")
+    return segment.read(piece.offset, size)
 
 
 def _translated(error: BaseException, endpoint: str) -> BaseException:

@@ -16,6 +16,7 @@ from transports.messages import MAX_MESSAGE_BYTES, KvChunk, KvDone, KvFailed
 
 STREAM_QUEUE_BYTES = MAX_MESSAGE_BYTES  # Room for the largest message; tokens would need minutes to fill it.
 STREAM_BATCH_BYTES = 2**18  # Enough to make a gRPC message's cost vanish, and too little to delay what follows.
+THROTTLE_BURST_S = 0.02  # What an idle link may catch up on: more than a sleep's inaccuracy, or the rate would not be reached.
 
 
 class StreamQueue:
@@ -124,7 +125,7 @@ class KvQueue:
 
 
 class Throttle:
-    """A link of `bytes_per_s` that all pulls of a sender share; None is as fast as it goes."""
+    """A token bucket of `bytes_per_s` that all pulls of a sender share; None is as fast as it goes."""
 
     def __init__(self, bytes_per_s: float | None) -> None:
         self._bytes_per_s = bytes_per_s
@@ -135,5 +136,5 @@ class Throttle:
         if self._bytes_per_s is None:
             return 0.0
         now_s = time.monotonic()
-        self._free_s = max(now_s, self._free_s) + size / self._bytes_per_s
+        self._free_s = max(now_s - THROTTLE_BURST_S, self._free_s) + size / self._bytes_per_s
         return self._free_s - now_s

@@ -16,8 +16,10 @@ from workloads.client import Load, Sample
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE, ORANGE, GREEN, RED, GREY = "#2864b4", "#e08a1e", "#2e9e6b", "#c8323c", "#6b7280"
+BLUE, ORANGE, GREEN, RED, GREY, INK = "#2864b4", "#e08a1e", "#2e9e6b", "#c8323c", "#6b7280", "#1f2937"
 BINS = 60
+ABOVE = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 5, "frameon": False, "fontsize": 9, "borderaxespad": 0.2}
+ABOVE |= {"columnspacing": 1.2, "handlelength": 1.4}
 
 
 class Mark(msgspec.Struct, frozen=True):
@@ -42,10 +44,10 @@ def plot(load: Load, slo: Slo, path: str | Path, *, title: str = "", marks: Sequ
         _latency(axes[0, 1], load, "TTFT", lambda timing: timing.ttft_s, slo.ttft_s)
         _latency(axes[1, 0], load, "TPOT", lambda timing: timing.tpot_s, slo.tpot_s)
         _distributions(axes[1, 1], load, slo)
-        for place, (axis, above) in enumerate(zip(axes.flat[:3], (True, False, False), strict=True)):
+        for axis in axes.flat[:3]:
             axis.set_xlim(0, max(load.elapsed_s, 1e-3))
-            axis.set_xlabel("time (s)")
-            _draw_marks(axis, marks, labelled=above or place == 0)
+            axis.set_xlabel("time (s), latencies by arrival")
+            _draw_marks(axis, marks)
         if title:
             figure.suptitle(title, fontweight="bold", fontsize=13)
         figure.savefig(path)
@@ -68,7 +70,7 @@ def _rates(axis: Axes, load: Load) -> None:
     right.set_ylabel("requests in flight", color=ORANGE)
     right.grid(visible=False)
     handles = [*axis.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    right.legend(handles=handles, loc="upper left", frameon=True, framealpha=0.9)
+    right.legend(handles=handles, **ABOVE)
 
 
 def _in_flight(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +83,7 @@ def _in_flight(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
 def _latency(axis: Axes, load: Load, name: str, value: Callable[[RequestTiming], float | None], bound_s: float | None) -> None:
     points = [(s.timing.arrival_s, value(s.timing)) for s in load.samples if s.timing.completed]
     points = sorted((at, 1e3 * each) for at, each in points if each is not None)
-    axis.set_title(f"{name} by arrival", loc="left", fontweight="bold")
+    axis.set_title(name, loc="left", fontweight="bold")
     axis.set_ylabel(f"{name} (ms)")
     if points:
         at_s, values_ms = np.array(points).T
@@ -93,12 +95,12 @@ def _latency(axis: Axes, load: Load, name: str, value: Callable[[RequestTiming],
             axis.plot(middles, [np.percentile(group, percent) for group in groups if len(group)], color=color, label=f"P{percent}")
     failed = [s.timing.arrival_s for s in load.samples if not s.timing.completed]
     if failed:
-        axis.plot(failed, [0.02] * len(failed), "x", color=RED, transform=axis.get_xaxis_transform(), label="not completed")
+        axis.plot(failed, [0.02] * len(failed), "x", color=RED, transform=axis.get_xaxis_transform(), label="failed")
     if bound_s is not None:
         axis.axhline(1e3 * bound_s, color=RED, linestyle="--", linewidth=1.2, label=f"SLO {1e3 * bound_s:,.0f} ms")
     axis.set_ylim(bottom=0)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="upper left", frameon=True, framealpha=0.9)
+        axis.legend(**ABOVE)
 
 
 def _distributions(axis: Axes, load: Load, slo: Slo) -> None:
@@ -123,22 +125,18 @@ def _distributions(axis: Axes, load: Load, slo: Slo) -> None:
         if bound_s is not None:
             axis.axvline(1e3 * bound_s, color=color, linestyle="--", linewidth=1.0, alpha=0.8)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_ylim(0, 1.01)
     axis.set_xlabel("ms (log scale; dashed: SLO)")
     axis.set_ylabel("share at or below")
     axis.set_title("Distributions", loc="left", fontweight="bold")
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="lower right", frameon=True, framealpha=0.9)
+        axis.legend(**ABOVE)
 
 
-def _draw_marks(axis: Axes, marks: Sequence[Mark], *, labelled: bool) -> None:
+def _draw_marks(axis: Axes, marks: Sequence[Mark]) -> None:
     for mark in marks:
-        axis.axvline(mark.at_s, color=GREY, linestyle=":", linewidth=1.4)
-        if labelled:
-            place = {
-                "xy": (mark.at_s, 1.0),
-                "xycoords": axis.get_xaxis_transform(),
-                "xytext": (3, -4),
-                "textcoords": "offset points",
-            }
-            axis.annotate(mark.label, **place, va="top", fontsize=9, color=GREY)
+        axis.axvline(mark.at_s, color=INK, linestyle=":", linewidth=1.6)
+        place = {"xy": (mark.at_s, 1.0), "xycoords": axis.get_xaxis_transform(), "xytext": (4, -4), "textcoords": "offset points"}
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+        axis.annotate(mark.label, **place, va="top", fontsize=9, color=INK, bbox=box)

