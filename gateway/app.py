@@ -188,9 +188,7 @@ class Gateway:
             request_id=request_id,
             model=body.model,
             prompt=tuple(prompt),
-            sampling=params
-            if turn == 0
-            else msgspec.structs.replace(params, seed=seed),
+            sampling=params if turn == 0 else msgspec.structs.replace(params, seed=seed),
             tenant=ANONYMOUS if key is None else key.tenant,
             priority=body.priority or 0,
             slo_class=slo_class,

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import MobulaError
@@ -34,7 +35,7 @@ class Shape(Protocol):
     def whole(self, choices: list[list[Token]], usage: dict[str, Any]) -> bytes: ...
 
 
-class Exchange:
+class Exchange(Response):
     """An ASGI answer. Nothing is sent before the first token, so that what fails before it has a status of its own."""
 
     def __init__(
@@ -52,7 +53,8 @@ class Exchange:
         """Submits all of the requests, or none and raises as `Dispatcher.submit`."""
         self._dispatcher = dispatcher
         self._shape = shape
-        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.background = None  # FastAPI asks for it; the rest of a Response is not used.
+        self._extra = [(name.encode(), value.encode()) for name, value in headers.items()]
         self._choices_per_prompt = choices_per_prompt
         self._stream = stream
         self._with_usage = with_usage
@@ -103,9 +105,7 @@ class Exchange:
                 events = [self._shape.token(index, token) for index, token in step]
                 if not opened and events:
                     opened = True
-                    await self._start(
-                        send, 200, _EVENT_STREAM
-                    )
+                    await self._start(send, 200, _EVENT_STREAM)
                     events = [self._shape.opening(index) for index in range(len(self._generations))] + events
                 if events:
                     await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
@@ -138,7 +138,7 @@ class Exchange:
         await send({"type": "http.response.body", "body": body})
 
     async def _start(self, send: Send, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": headers + self._headers})
+        await send({"type": "http.response.start", "status": status, "headers": headers + self._extra})
 
     def _usage(self) -> dict[str, Any]:
         prompts = self._generations[:: self._choices_per_prompt]

@@ -55,8 +55,8 @@ class GatewayMetrics:
             "mobula_prefill_seconds": generation.times and generation.times[1],
             "mobula_transfer_seconds": generation.times and generation.times[2],
             "mobula_decode_seconds": generation.decode_s,
-            "mobula_prompt_tokens": len(request.prompt),
-            "mobula_output_tokens": tokens,
+            "mobula_request_prompt_tokens": len(request.prompt),
+            "mobula_request_output_tokens": tokens,
         }
         for name, value in observed.items():
             if value is not None:
