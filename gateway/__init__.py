@@ -1,1 +1,1 @@
-"""The front door: OpenAI-compatible HTTP on Ray Serve; route, stream, resume."""
+"""The front door: OpenAI-compatible HTTP that routes, streams and resumes. Imports policies, transports and cluster."""

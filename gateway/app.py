@@ -1,0 +1,309 @@
+"""The HTTP application: who may ask, what they ask for, and where it goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from cluster import request as wire
+from cluster.errors import InvalidConfig, InvalidRequest, MobulaError, NotAllowed
+from cluster.fleet import GatewaySpec, ModelSpec
+from cluster.replica import Membership
+from cluster.slo import Slo
+from gateway.chat import ChatBody, ChatShape
+from gateway.completions import CompletionBody, CompletionShape
+from gateway.dispatch import Dispatcher
+from gateway.exchange import Exchange
+from gateway.keys import Keyring, read_keys
+from gateway.metrics import GatewayMetrics
+from gateway.openai import MAX_CHOICES, Body, decode, error_answer, error_body, sampling
+from gateway.request_log import RequestLog
+from gateway.schema import describe, operation
+from gateway.tokenizer import ChatTokenizer, load_tokenizer
+from policies.policy import Router
+from transports.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+ANONYMOUS = "default"
+_JSON = "application/json"
+
+
+def build_app(
+    *,
+    spec: GatewaySpec,
+    models: Mapping[str, ModelSpec],
+    membership: Callable[[], AsyncIterator[Membership]],
+    transport: Transport,
+    router: Router,
+    slos: Mapping[str, Slo],
+    gateway_id: str = "",
+) -> FastAPI:
+    """The application; `app.state.gateway` is its Gateway. Raises InvalidConfig or InvalidModel before anything starts."""
+    gateway = Gateway(
+        spec=spec,
+        models=models,
+        membership=membership,
+        transport=transport,
+        router=router,
+        slos=slos,
+        gateway_id=gateway_id or secrets.token_hex(8),
+    )
+    app = FastAPI(title="Mobula", version="1", lifespan=gateway.lifespan, docs_url=None, redoc_url=None)
+    app.state.gateway = gateway
+    post, get = {"methods": ["POST"]}, {"methods": ["GET"]}
+    app.add_api_route("/v1/chat/completions", gateway.chat, **post, openapi_extra=operation(ChatBody))
+    app.add_api_route("/v1/completions", gateway.complete, **post, openapi_extra=operation(CompletionBody))
+    app.add_api_route("/v1/models", gateway.list_models, **get, openapi_extra=operation())
+    app.add_api_route("/v1/models/{model:path}", gateway.show_model, **get, openapi_extra=operation())
+    app.add_api_route("/health", gateway.ready, **get, openapi_extra=operation(keyed=False))
+    app.add_api_route("/health/live", gateway.live, **get, openapi_extra=operation(keyed=False))
+    app.add_api_route("/metrics", gateway.show_metrics, **get, openapi_extra=operation(keyed=False))
+    app.add_exception_handler(MobulaError, gateway.refuse)
+    app.add_exception_handler(HTTPException, _refuse_http)
+    app.add_exception_handler(Exception, _apologise)
+    app.add_exception_handler(ClientDisconnect, _say_nothing)
+    app.openapi = describe(app, (ChatBody, CompletionBody))
+    return app
+
+
+class Gateway:
+    """The endpoints and what they share."""
+
+    def __init__(
+        self,
+        *,
+        spec: GatewaySpec,
+        models: Mapping[str, ModelSpec],
+        membership: Callable[[], AsyncIterator[Membership]],
+        transport: Transport,
+        router: Router,
+        slos: Mapping[str, Slo],
+        gateway_id: str,
+    ) -> None:
+        if (spec.keys_file is not None) == spec.allow_anonymous:
+            raise InvalidConfig("gateway: give either keys_file or allow_anonymous")
+        self._spec = spec
+        self._keys = None if spec.keys_file is None else Keyring(read_keys(spec.keys_file))
+        self._tokenizers: dict[str, ChatTokenizer] = {name: load_tokenizer(model) for name, model in models.items()}
+        self._slos = slos
+        self._started_s = time.time()
+        self._metrics = GatewayMetrics()
+        self._log = None if spec.request_log is None else RequestLog(spec.request_log, gateway_id, self._started_s)
+        self._make_dispatcher = lambda: Dispatcher(
+            gateway_id=gateway_id,
+            membership=membership(),
+            transport=transport,
+            router=router,
+            spec=spec,
+            slos=slos,
+            metrics=self._metrics,
+            request_log=self._log,
+        )
+        self.dispatcher: Dispatcher | None = None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        self.dispatcher = self._make_dispatcher()
+        self.dispatcher.start()
+        try:
+            yield
+        finally:
+            await self.dispatcher.close()
+            if self._log is not None:
+                await asyncio.to_thread(self._log.close)
+
+    # Generation.
+
+    async def chat(self, request: Request) -> Response:
+        """Generate the assistant's next message."""
+        body = await self._body(request, ChatBody)
+        tokenizer = self._tokenizer(body.model)
+        prompt = await tokenizer.encode(tokenizer.render([message.plain() for message in body.messages]), special=False)
+        return self._generate(request, body, [prompt], f"chatcmpl-{secrets.token_hex(12)}", ChatShape)
+
+    async def complete(self, request: Request) -> Response:
+        """Go on with a text or with tokens."""
+        body = await self._body(request, CompletionBody)
+        tokenizer, given = self._tokenizer(body.model), body.prompts()
+        _check_choices(len(given), body.n or 1)
+        prompts = [await tokenizer.encode(one, special=True) if isinstance(one, str) else one for one in given]
+        return self._generate(request, body, prompts, f"cmpl-{secrets.token_hex(12)}", CompletionShape)
+
+    async def _body(self, request: Request, kind: type[Body]) -> Any:
+        request.state.key = self._key(request)
+        _request_id(request)
+        body = decode(await _read(request, self._spec.max_body_bytes), kind)
+        body.check()
+        return body
+
+    def _generate(
+        self, request: Request, body: Any, prompts: list[list[int]], answer_id: str, shape: type[ChatShape] | type[CompletionShape]
+    ) -> Response:
+        context = self.dispatcher.context_tokens(body.model)
+        limit, wanted = self._tokenizers[body.model].vocabulary, body.output_tokens
+        for prompt in prompts:
+            _check_prompt(prompt, limit, wanted, context, body.model)
+        params = sampling(
+            body,
+            max_tokens=context - max(map(len, prompts)) if wanted is None else wanted,
+            logprobs=body.alternatives,
+        )
+        choices, key = body.n or 1, request.state.key
+        requests = [
+            self._request(f"{answer_id}-{row * choices + turn}", body, prompt, params, turn, key)
+            for row, prompt in enumerate(prompts)
+            for turn in range(choices)
+        ]
+        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        return Exchange(
+            self.dispatcher,
+            requests,
+            shape(answer_id, body.model, int(time.time()), logprobs=params.logprobs is not None, with_usage=with_usage),
+            {"x-request-id": request.state.request_id},
+            choices_per_prompt=choices,
+            key_id=None if key is None else key.key_id,
+            stream=bool(body.stream),
+            with_usage=with_usage,
+        )
+
+    def _request(self, request_id: str, body: Any, prompt: list[int], params: Any, turn: int, key: Any) -> wire.Request:
+        slo_class = body.slo_class or "default"
+        if body.slo_class is not None and slo_class not in self._slos:
+            raise InvalidRequest(f"slo_class {slo_class} is none of {', '.join(self._slos)}", param="slo_class")
+        seed = params.seed + turn if params.seed + turn <= wire.MAX_SEED else turn - wire.MAX_SEED
+        return wire.Request(
+            request_id=request_id,
+            model=body.model,
+            prompt=tuple(prompt),
+            sampling=params if turn == 0 else msgspec.structs.replace(params, seed=seed),
+            tenant=ANONYMOUS if key is None else key.tenant,
+            priority=body.priority or 0,
+            slo_class=slo_class,
+            arrival_s=time.time(),
+            salt="" if key is None else key.tenant,
+        )
+
+    # What is there, and how it is.
+
+    async def list_models(self, request: Request) -> Response:
+        """The models served here."""
+        self._key(request)
+        return _json({"object": "list", "data": [self._model(name) for name in self._tokenizers]})
+
+    async def show_model(self, request: Request, model: str) -> Response:
+        """One model."""
+        self._key(request)
+        self._tokenizer(model)
+        return _json(self._model(model))
+
+    async def ready(self) -> Response:
+        """200 while requests can be served, else 503."""
+        dispatcher = self.dispatcher
+        state = "draining" if dispatcher.draining else "ready" if dispatcher.ready() else "no replica is ready"
+        return _json({"status": state}, 200 if state == "ready" else 503)
+
+    async def live(self) -> Response:
+        """200 while the process lives."""
+        return _json({"status": "live"})
+
+    async def show_metrics(self) -> Response:
+        """Prometheus' text format."""
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def refuse(self, request: Request, error: Exception) -> Response:
+        """An error's answer."""
+        status, body, headers = error_answer(error)
+        self._metrics.rejected(getattr(error, "code", type(error).__name__))
+        if status == 413:
+            headers = {**headers, "connection": "close"}
+        if request_id := getattr(request.state, "request_id", None):
+            headers = {**headers, "x-request-id": request_id}
+        return Response(body, status, headers, _JSON)
+
+    def _key(self, request: Request) -> Any:
+        if self._keys is None:
+            return None
+        kind, _, key = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not key:
+            raise NotAllowed("no API key: send it as `Authorization: Bearer KEY`")
+        return self._keys.check(key.strip())
+
+    def _tokenizer(self, model: str) -> ChatTokenizer:
+        tokenizer = self._tokenizers.get(model)
+        if tokenizer is None:
+            known = ", ".join(self._tokenizers)
+            raise InvalidRequest(f"model {model} does not exist here; there is {known}", param="model", code="model_not_found")
+        return tokenizer
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": int(self._started_s), "owned_by": "mobula"}
+
+
+async def _read(request: Request, bound: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    data = bytearray()
+    if not announced.isdecimal() or int(announced) <= bound:
+        async for piece in request.stream():
+            data += piece
+            if len(data) > bound:
+                break
+        else:
+            return bytes(data)
+    raise InvalidRequest(f"the body is above {bound} bytes, the most that is read", code="body_too_large")
+
+
+def _request_id(request: Request) -> None:
+    given = request.headers.get("x-request-id")
+    if given is not None and not REQUEST_ID.fullmatch(given):
+        raise InvalidRequest("x-request-id is not 1 to 128 visible ASCII characters", param="x-request-id")
+    request.state.request_id = given or secrets.token_hex(16)
+
+
+def _check_choices(prompts: int, choices: int) -> None:
+    if prompts * choices > MAX_CHOICES:
+        raise InvalidRequest(f"{prompts} prompts times n {choices} is above {MAX_CHOICES}", param="n")
+
+
+def _check_prompt(prompt: list[int], vocabulary: int, wanted: int | None, context: int, model: str) -> None:
+    if not prompt:
+        raise InvalidRequest("the prompt has no tokens", param="prompt")
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        raise InvalidRequest(f"a token id is outside [0, {vocabulary - 1}], the vocabulary of {model}", param="prompt")
+    least = 1 if wanted is None else max(1, wanted)
+    if len(prompt) + least > context:
+        what = f"prompt of {len(prompt)} tokens and max_tokens {least}"
+        message = f"{what} make {len(prompt) + least}, above {context}, the context of {model}"
+        raise InvalidRequest(message, param="max_tokens" if len(prompt) < context else "prompt", code="context_length_exceeded")
+
+
+def _json(payload: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(payload), status, media_type=_JSON)
+
+
+async def _refuse_http(request: Request, error: HTTPException) -> Response:
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return Response(error_body(message, "invalid_request_error", code=code), error.status_code, error.headers, _JSON)
+
+
+async def _apologise(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return Response(error_body("the gateway failed", "server_error", code="internal_error"), 500, media_type=_JSON)
+
+
+async def _say_nothing(request: Request, error: Exception) -> Response:
+    """The client left while it was sending."""
+    return Response(status_code=400)

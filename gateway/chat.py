@@ -1,0 +1,134 @@
+"""`/v1/chat/completions`: its body, and its answers in whole or as events."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from cluster.errors import InvalidRequest
+from cluster.handoff import Token
+from gateway.openai import Body, encode, event, refuse_unsupported, top_logprobs
+
+MAX_MESSAGES = 4096  # Far above any conversation; bounds the template's work.
+
+_NEUTRAL = {
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "store": (False,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "service_tier": ("auto", "default"),
+    "web_search_options": (),
+}
+
+
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
+
+
+class ChatBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    # Known and not supported.
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    service_tier: Any = None
+    web_search_options: Any = None
+
+    def check(self) -> None:
+        refuse_unsupported(self, _NEUTRAL)
+        if not 1 <= len(self.messages) <= MAX_MESSAGES:
+            raise InvalidRequest(f"{len(self.messages)} messages are outside [1, {MAX_MESSAGES}]", param="messages")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs goes with logprobs true only", param="top_logprobs")
+
+    @property
+    def output_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return top_logprobs("top_logprobs", self.top_logprobs or 0) if self.logprobs else None
+
+
+class ChatShape:
+    """Writes one request's answers."""
+
+    def __init__(self, answer_id: str, model: str, created: int, *, logprobs: bool, with_usage: bool) -> None:
+        self._id = {"id": answer_id}
+        self._about = {"created": created, "model": model}
+        self._logprobs = logprobs
+        self._usage = {"usage": None} if with_usage else {}
+        start = encode({**self._id, "object": "chat.completion.chunk", **self._about, **self._usage})[:-1]
+        self._start = b"data: " + start + b',"choices":[{"index":'
+
+    def opening(self, index: int) -> bytes:
+        """The event that names the role."""
+        delta = b'%b%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}\n\n'
+        return delta % (self._start, index)
+
+    def token(self, index: int, token: Token) -> bytes:
+        """A token's event, and after the last one that of the finish."""
+        written = b""
+        if token.token_id is not None or token.text:
+            logprobs = encode({"content": [_logprob(token)], "refusal": None}) if self._logprobs else b"null"
+            delta = b'%b%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}]}\n\n'
+            written = delta % (self._start, index, encode(token.text), logprobs)
+        if token.finish is not None:
+            written += b'%b%d,"delta":{},"logprobs":null,"finish_reason":%b}]}\n\n' % (self._start, index, encode(token.finish))
+        return written
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        return event({**self._id, "object": "chat.completion.chunk", **self._about, "choices": [], "usage": usage})
+
+    def whole(self, choices: list[list[Token]], usage: dict[str, Any]) -> bytes:
+        answers = [self._choice(*one) for one in enumerate(choices)]
+        return encode({**self._id, "object": "chat.completion", **self._about, "choices": answers, "usage": usage})
+
+    def _choice(self, index: int, tokens: list[Token]) -> dict[str, Any]:
+        logprobs = [_logprob(token) for token in tokens if token.token_id is not None]
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(token.text for token in tokens), "refusal": None},
+            "logprobs": {"content": logprobs, "refusal": None} if self._logprobs else None,
+            "finish_reason": tokens[-1].finish,
+        }
+
+
+def _logprob(token: Token) -> dict[str, Any]:
+    tops = [{"token": top.text, "logprob": top.logprob, "bytes": list(top.text.encode())} for top in token.top_logprobs]
+    return {"token": token.token_text, "logprob": token.logprob, "bytes": list(token.token_text.encode()), "top_logprobs": tops}

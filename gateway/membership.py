@@ -1,0 +1,37 @@
+"""The membership table, as the registry tells it. Without the registry the last copy stays in force."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import ray
+from ray.exceptions import RayError
+
+from cluster.replica import Membership
+
+logger = logging.getLogger(__name__)
+
+REGISTRY_NAME = "mobula-registry"
+POLL_S = 10.0
+GRACE_S = 5.0  # Beyond POLL_S the registry is taken for gone.
+RETRY_S = 1.0
+
+
+async def follow_registry(namespace: str) -> AsyncIterator[Membership]:
+    """Every table that differs from the one before, for ever."""
+    handle, last = None, None
+    while True:
+        try:
+            handle = handle or await asyncio.to_thread(ray.get_actor, REGISTRY_NAME, namespace)
+            after = -1 if last is None else last.version
+            table = await asyncio.wait_for(handle.membership.remote(after, POLL_S), POLL_S + GRACE_S)
+        except (RayError, ValueError, TimeoutError) as error:
+            logger.warning("registry %s in %s: %s; again in %.0f s", REGISTRY_NAME, namespace, error, RETRY_S)
+            handle = None
+            await asyncio.sleep(RETRY_S)
+            continue
+        if table != last:
+            last = table
+            yield table

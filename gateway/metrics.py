@@ -1,0 +1,70 @@
+"""The gateway's metrics, with their labels looked up once a model."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from cluster.metrics import GATEWAY_METRICS, exporter
+from gateway.generation import Generation
+
+_HISTOGRAMS = tuple(metric.name for metric in GATEWAY_METRICS if metric.kind == "histogram")
+
+
+class GatewayMetrics:
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._all = exporter(GATEWAY_METRICS, self._registry)
+        self._of_model: dict[str, dict] = {}
+
+    def text(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def accepted(self, model: str, *, waiting: int) -> None:
+        row = self._model(model)
+        row["mobula_requests_in_flight"].inc()
+        row["mobula_queue_depth"].set(waiting)
+
+    def rejected(self, reason: str) -> None:
+        self._all["mobula_rejections_total"].labels(reason).inc()
+
+    def retried(self, model: str, cause: str) -> None:
+        self._all["mobula_request_retries_total"].labels(model, cause).inc()
+
+    def routed(self, model: str, seconds: float) -> None:
+        self._model(model)["mobula_route_seconds"].observe(seconds)
+
+    def gap(self, model: str, seconds: float) -> None:
+        self._model(model)["mobula_itl_seconds"].observe(seconds)
+
+    def ended(self, generation: Generation, outcome: str, *, waiting: int) -> None:
+        request, timing = generation.request, generation.timing
+        row, tokens = self._model(request.model), len(generation.generated)
+        row["mobula_requests_in_flight"].dec()
+        row["mobula_queue_depth"].set(waiting)
+        row["mobula_cached_tokens_total"].inc(generation.cached_tokens or 0)
+        self._all["mobula_requests_total"].labels(request.model, request.tenant, outcome).inc()
+        whose = (request.model, request.tenant, generation.key_id or "anonymous")
+        self._all["mobula_prompt_tokens_total"].labels(*whose).inc(len(request.prompt))
+        self._all["mobula_output_tokens_total"].labels(*whose).inc(tokens)
+        observed = {
+            "mobula_ttft_seconds": timing.ttft_s,
+            "mobula_tpot_seconds": timing.tpot_s,
+            "mobula_e2e_seconds": timing.e2e_s,
+            "mobula_queue_seconds": generation.queue_s,
+            "mobula_prefill_seconds": generation.times and generation.times[1],
+            "mobula_transfer_seconds": generation.times and generation.times[2],
+            "mobula_decode_seconds": generation.decode_s,
+            "mobula_request_prompt_tokens": len(request.prompt),
+            "mobula_request_output_tokens": tokens,
+        }
+        for name, value in observed.items():
+            if value is not None:
+                row[name].observe(value)
+
+    def _model(self, model: str) -> dict:
+        row = self._of_model.get(model)
+        if row is None:
+            names = (*_HISTOGRAMS, "mobula_requests_in_flight", "mobula_queue_depth", "mobula_cached_tokens_total")
+            row = self._of_model[model] = {name: self._all[name].labels(model) for name in names}
+        return row

@@ -1,0 +1,78 @@
+"""Serving the application: its own socket, which gateway replicas on one host share, and a drain with a bound."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from cluster.errors import InvalidConfig
+from cluster.fleet import GatewaySpec
+
+BACKLOG = 2048
+DRAIN_S = 30.0  # Streams that last longer at SIGTERM are cut.
+KEEP_ALIVE_S = 75
+
+
+def listen(spec: GatewaySpec) -> socket.socket:
+    """Raises InvalidConfig where the port is taken by somebody who does not share it."""
+    family = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((spec.host, spec.port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise InvalidConfig(f"gateway {spec.host}:{spec.port}: {error.strerror}") from error
+    listener.setblocking(False)
+    return listener
+
+
+class GatewayServer(uvicorn.Server):
+    """SIGTERM, SIGINT and `drain` stop accepting, finish what streams, then end `serve`."""
+
+    def __init__(self, app: FastAPI, spec: GatewaySpec, *, drain_s: float = DRAIN_S) -> None:
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            loop="uvloop",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=round(drain_s),
+        )
+        super().__init__(config)
+        self._gateway = app.state.gateway
+        self._listener = listen(spec)
+
+    @property
+    def port(self) -> int:
+        return self._listener.getsockname()[1]
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().serve(sockets=sockets or [self._listener])
+
+    def drain(self) -> None:
+        """Loop thread only."""
+        self._gateway.dispatcher.draining = True
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        super().handle_exit(sig, frame)
+        if self._gateway.dispatcher is not None:
+            self._gateway.dispatcher.draining = True
+
+
+def run(app: FastAPI, spec: GatewaySpec) -> None:
+    """Serve until a signal. Blocks."""
+    server = GatewayServer(app, spec)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(server.serve())
