@@ -35,7 +35,7 @@ def application_of(fleet_name: str) -> str:
 
 
 def deploy(fleet: Fleet, secret: str) -> None:
-    """Start the gateway's replicas; returns when all listen. Blocks. Raises Unreachable with what they said, nothing left behind."""
+    """Start the gateway's replicas; returns when all listen. Blocks. Raises Unreachable with their words, nothing left."""
     serve.start(proxy_location=ProxyLocation.Disabled)
     deployment = serve.deployment(
         GatewayReplica,

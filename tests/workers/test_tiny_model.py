@@ -84,5 +84,5 @@ def test_init_replaces_a_model_of_its_own_and_keeps_an_equal_one(tmp_path):
 def test_a_cache_that_is_no_directory_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOBULA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InvalidConfig, match="model cache .*file"):
+    with pytest.raises(InvalidConfig, match=r"model cache .*file"):
         tiny_model.ensure("tiny-dense", steps=1)

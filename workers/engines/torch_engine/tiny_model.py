@@ -1,7 +1,7 @@
 """A model with no download: trained here, on a book, in about a minute.
 
-It is large enough to print sentences and sure enough of its next token that float32 noise does not change a greedy output. A model is
-cached by the hash of its recipe: this file, the book and the libraries' major versions.
+It is large enough to print sentences and sure enough of its next token that float32 noise does not change a greedy output. A model
+is cached by the hash of its recipe: this file, the book and the libraries' major versions.
 """
 
 from __future__ import annotations
