@@ -121,7 +121,7 @@ async def test_attempts_are_bounded_and_the_error_names_what_was_tried(model_dir
     for worker in fleet.workers.values():
         worker.fault = _fail
     async with serving(model_dir, fleet, max_attempts=3) as served:
-        with pytest.raises(openai.InternalServerError, match="3 attempts failed, as many as may: (a, b, a|b, a, b)") as caught:
+        with pytest.raises(openai.InternalServerError, match=r"3 attempts failed, as many as may: (a, b, a|b, a, b)") as caught:
             await text_of(served)
     assert caught.value.status_code == 503
 
@@ -141,7 +141,7 @@ async def test_a_worker_that_leaves_the_table_finishes_its_stream(model_dir):
             worker.hold = asyncio.Event()
         asking = asyncio.create_task(text_of(served))
         await served.until(lambda: any(worker.submits for worker in fleet.workers.values()))
-        name, worker = next((name, worker) for name, worker in fleet.workers.items() if worker.submits)
+        worker = next(worker for worker in fleet.workers.values() if worker.submits)
         fleet.publish(*(other.row for other in fleet.workers.values() if other is not worker))
         await served.until(lambda: len(served.gateway.dispatcher._replicas) == 1)
         worker.hold.set()
