@@ -8,6 +8,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -50,12 +51,12 @@ def fetch(home: FleetHome) -> FleetStatus:
 
 
 def table(now: FleetStatus) -> Table:
-    shown = Table(title=f"{now.fleet} at {now.url}", title_justify="left")
+    shown = Table(title=f"{now.fleet} at {now.url}", title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("replica", "role", "phase", "node", "pid"):
-        shown.add_column(heading)
+        shown.add_column(heading, no_wrap=True)
     for heading in ("running", "waiting", "KV used", "step", "power"):
-        shown.add_column(heading, justify="right")
-    shown.add_column("metrics")
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("metrics", overflow="fold")
     for replica in sorted(now.replicas, key=lambda replica: (replica.role, replica.replica_id)):
         shown.add_row(*_cells(replica))
     return shown

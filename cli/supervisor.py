@@ -27,7 +27,7 @@ from cli.local_ray import LocalRay, adopt_orphans, end_children
 from cluster.errors import MobulaError, Unreachable
 from cluster.fleet import Fleet
 from cluster.placement import NODE_LABEL
-from cluster.replica import Load, Phase
+from cluster.replica import Phase, Replica
 
 log = logging.getLogger("mobula")
 
@@ -186,41 +186,39 @@ class _Supervisor:
         lost = await self._registry.lost()
         rows = (*membership.replicas, *lost)
         workers = sorted({row.worker_id for row in rows})
-        answers = await asyncio.gather(
-            *(self._workers.call(worker, "status", STATUS_S) for worker in workers), return_exceptions=True
-        )
-        by_worker = {
-            worker: answer for worker, answer in zip(workers, answers, strict=True) if not isinstance(answer, BaseException)
-        }
-        loads: dict[str, Load] = {load.replica_id: load for answer in by_worker.values() for load in answer.loads}
+        answers = await asyncio.gather(*map(self._ask, workers))
+        by_worker = dict(zip(workers, answers, strict=True))
         return FleetStatus(
             fleet=self._fleet.name,
             url=self._record.url,
             version=membership.version,
-            replicas=tuple(_row(row, by_worker.get(row.worker_id), loads.get(row.replica_id)) for row in rows),
+            replicas=tuple(_row(row, by_worker[row.worker_id]) for row in rows),
         )
 
     async def _ask(self, worker_id: str) -> Any:
-        """A worker's status; None where it does not answer."""
+        """A worker's status; None from one that drains or is stuck, LOST from one that is gone."""
         try:
             return await self._workers.call(worker_id, "status", STATUS_S)
-        except Unreachable:
+        except TimeoutError:
             return None
+        except Unreachable:
+            return Phase.LOST
 
 
-def _row(row: Any, worker: Any, load: Load | None) -> ReplicaStatus:
+def _row(row: Replica, worker: Any) -> ReplicaStatus:
     status = ReplicaStatus(
         replica_id=row.replica_id,
         role=row.role.value,
-        phase=row.phase.value if worker is not None else Phase.LOST.value,
+        phase=(worker if isinstance(worker, Phase) else row.phase).value,
         model=row.model,
         node=row.node,
         worker_id=row.worker_id,
         endpoint=row.endpoint,
         kv_blocks=row.kv_blocks,
     )
-    if worker is None or load is None:
+    if worker is None or isinstance(worker, Phase):
         return status
+    load = next(load for load in worker.loads if load.replica_id == row.replica_id)
     return msgspec.structs.replace(
         status,
         pid=worker.pid,
