@@ -84,19 +84,21 @@ def _supervise(order: Order, home: FleetHome, tell: Tell) -> None:
     record = Record(fleet=fleet.name, supervisor=identify(psutil.Process()), url=url)
     home.write_record(record)
     secret = _secret(fleet, home)
-    with _ray(order, tell):
+    with _ray(order, tell) as directory:
+        record = msgspec.structs.replace(record, directory=directory)
         signal.signal(signal.SIGTERM, _exit)  # Ray has put its own in place.
         asyncio.run(_Supervisor(fleet, secret, record, home, tell).run())
 
 
 @contextlib.contextmanager
-def _ray(order: Order, tell: Tell) -> Iterator[None]:
+def _ray(order: Order, tell: Tell) -> Iterator[str | None]:
+    """Connected to Ray; the directory of a local one."""
     if order.address is None:
         tell(Progress(kind="phase", text=f"Starting Ray with {len(order.fleet.nodes)} nodes"))
         local = None
         try:
             local = LocalRay(order.fleet.nodes, NODE_LABEL)
-            yield
+            yield str(local.directory)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Already on the way out.
             if local is not None:
@@ -108,7 +110,7 @@ def _ray(order: Order, tell: Tell) -> Iterator[None]:
 
         ray.init(address=order.address, log_to_driver=False)
         try:
-            yield
+            yield None
         finally:
             ray.shutdown()
 
