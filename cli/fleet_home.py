@@ -1,0 +1,139 @@
+"""What a running fleet leaves on disk for `up`, `down` and `status` to find it: a record, a log, a socket and a secret."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from cluster.errors import InvalidConfig
+
+MAX_SOCKET_CHARS = 107  # Of a Unix socket's path.
+
+
+class ProcessId(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that cannot be mistaken for a later one of the same number."""
+
+    pid: int
+    started_s: float
+
+    def find(self) -> psutil.Process | None:
+        """The process, where it still runs."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            # Whole clock ticks apart: create_time is derived from them.
+            if abs(process.create_time() - self.started_s) < 0.02 and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """The supervisor of a fleet, and every process under it once it is up."""
+
+    fleet: str
+    supervisor: ProcessId
+    url: str
+    processes: tuple[ProcessId, ...] = ()
+    directory: str | None = None
+    """Where a local Ray keeps its files."""
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of `mobula status`."""
+
+    replica_id: str
+    role: str
+    phase: str
+    model: str
+    node: str
+    worker_id: str
+    pid: int | None = None
+    endpoint: str = ""
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks: int = 0
+    step_s: float = 0.0
+    power_w: float = 0.0
+    metrics_url: str = ""
+
+
+class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What `mobula status --json` prints."""
+
+    fleet: str
+    url: str
+    version: int
+    """Of the membership table."""
+    replicas: tuple[ReplicaStatus, ...]
+
+
+class FleetHome:
+    """The directory of one fleet, only for its owner's eyes."""
+
+    def __init__(self, fleet: str) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", fleet):
+            raise InvalidConfig(f"fleet name {fleet!r} is not made of letters, digits, `.`, `_` and `-`")
+        self.path = root() / fleet
+        self.record_path = self.path / "record.json"
+        self.log_path = self.path / "supervisor.log"
+        self.socket_path = self.path / "status.sock"
+        self.secret_path = self.path / "secret"
+        if len(str(self.socket_path)) > MAX_SOCKET_CHARS:
+            raise InvalidConfig(f"{self.socket_path} has {len(str(self.socket_path))} characters, above {MAX_SOCKET_CHARS}")
+
+    def make(self) -> None:
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def write_record(self, record: Record) -> None:
+        """All or nothing, so that a reader never sees half."""
+        draft = self.record_path.with_suffix(".new")
+        draft.write_bytes(msgspec.json.encode(record))
+        draft.replace(self.record_path)
+
+    def record(self) -> Record | None:
+        """The last record, whether its supervisor still runs or not. None where there is none."""
+        try:
+            return msgspec.json.decode(self.record_path.read_bytes(), type=Record)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def write_secret(self, secret: str) -> None:
+        """Readable by its owner alone from the moment it exists."""
+        self.secret_path.unlink(missing_ok=True)
+        file = os.open(self.secret_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(file, "w") as out:
+            out.write(secret)
+
+    def clear(self) -> None:
+        """All but the log."""
+        for path in (self.record_path, self.socket_path, self.secret_path):
+            path.unlink(missing_ok=True)
+
+
+def root() -> Path:
+    """Where fleets' directories are: $MOBULA_HOME, else ~/.mobula."""
+    return Path(os.environ.get("MOBULA_HOME") or Path.home() / ".mobula")
+
+
+def fleets() -> tuple[str, ...]:
+    """Names of the fleets that have a record."""
+    return tuple(sorted(path.parent.name for path in root().glob("*/record.json")))
+
+
+def only_fleet(name: str | None) -> str:
+    """The fleet named, or the only one there is. Raises InvalidConfig where that is not clear."""
+    if name is not None:
+        return name
+    found = fleets()
+    if len(found) != 1:
+        raise InvalidConfig(f"{len(found)} fleets under {root()}{': ' if found else ''}{', '.join(found)}; name one")
+    return found[0]
+
+
+def identify(process: psutil.Process) -> ProcessId:
+    return ProcessId(pid=process.pid, started_s=process.create_time())
