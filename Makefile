@@ -7,8 +7,12 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: demo test check format clean
 
-demo: .venv/installed
+demo: .venv/installed .mobula/tiny-dense
 	$(BIN)/python -m demo
+
+.mobula/tiny-dense: | .venv/installed
+	mkdir -p .mobula
+	$(BIN)/mobula model init $@ --preset tiny-dense
 
 test: .venv/installed
 	$(BIN)/python -m pytest

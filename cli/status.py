@@ -53,10 +53,9 @@ def fetch(home: FleetHome) -> FleetStatus:
 def table(now: FleetStatus) -> Table:
     shown = Table(title=f"{now.fleet} at {now.url}", title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("replica", "role", "phase", "node", "pid"):
-        shown.add_column(heading, no_wrap=True)
-    for heading in ("running", "waiting", "KV used", "step", "power"):
+        shown.add_column(heading, no_wrap=heading == "replica")
+    for heading in ("running", "waiting", "KV", "step", "power"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("metrics", overflow="fold")
     for replica in sorted(now.replicas, key=lambda replica: (replica.role, replica.replica_id)):
         shown.add_row(*_cells(replica))
     return shown
@@ -75,7 +74,6 @@ def _cells(replica: ReplicaStatus) -> tuple[str, ...]:
         f"{replica.kv_blocks_used / max(replica.kv_blocks, 1):.0%}",
         f"{1000 * replica.step_s:.1f} ms",
         f"{replica.power_w:.0f} W",
-        replica.metrics_url,
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import logging
 import os
 import secrets
@@ -160,8 +159,6 @@ class _Supervisor:
         self._tell(Progress(kind="ready", text=self._record.url))
 
     async def _open_gateway(self) -> None:
-        if importlib.util.find_spec("gateway.deployment") is None:
-            return
         from gateway.deployment import deploy
 
         await asyncio.to_thread(deploy, self._fleet, self._secret)
@@ -172,7 +169,7 @@ class _Supervisor:
             with contextlib.suppress(Exception):
                 from gateway.deployment import shutdown
 
-                await asyncio.to_thread(shutdown)
+                await asyncio.to_thread(shutdown, self._fleet.name)
             await self._workers.stop()
 
     async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

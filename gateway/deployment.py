@@ -1,0 +1,104 @@
+"""Gateway replicas as a Ray Serve application.
+
+Serve starts, checks and stops them, nothing more: each listens itself, on a port they share, since Serve's own proxy costs several
+times what a gateway does. A replica's server runs on a loop and thread of its own, so that Serve's calls and the streams do not
+wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+
+import msgspec
+import uvloop
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import ProxyLocation
+
+from cluster.errors import Unreachable
+from cluster.fleet import Fleet
+from gateway.app import build_app
+from gateway.membership import follow_registry
+from gateway.routers import make_router
+from gateway.server import DRAIN_S, GatewayServer
+from transports.grpc import GrpcTransport
+from transports.transport import Credential
+
+START_S = 60.0  # The router's compilation, on a machine that never ran it, is most of it.
+
+
+def application_of(fleet_name: str) -> str:
+    """The Serve application's name."""
+    return f"mobula-{fleet_name}"
+
+
+def deploy(fleet: Fleet, secret: str) -> None:
+    """Start the gateway's replicas; returns when all listen. Blocks. Raises Unreachable with what they said, nothing left behind."""
+    serve.start(proxy_location=ProxyLocation.Disabled)
+    deployment = serve.deployment(
+        GatewayReplica,
+        name="gateway",
+        num_replicas=fleet.gateway.replicas,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=DRAIN_S + 5,
+        health_check_period_s=5,
+    )
+    try:
+        serve.run(deployment.bind(msgspec.msgpack.encode(fleet), secret), name=application_of(fleet.name), route_prefix=None)
+    except RuntimeError as error:
+        said = serve.status().applications.get(application_of(fleet.name))
+        shutdown(fleet.name)
+        causes = [one.message for one in said.deployments.values()] if said else [str(error)]
+        raise Unreachable(f"the gateway did not start: {' '.join(causes).strip().splitlines()[-1]}") from error
+
+
+def shutdown(fleet_name: str) -> None:
+    """Drain and end the gateway's replicas. Blocks. Harmless without any."""
+    serve.delete(application_of(fleet_name))
+
+
+class GatewayReplica:
+    """One gateway process."""
+
+    def __init__(self, fleet_data: bytes, secret: str) -> None:
+        fleet = msgspec.msgpack.decode(fleet_data, type=Fleet)
+        started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, GatewayServer]] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=_serve, args=(fleet, secret, started), name="gateway", daemon=True)
+        self._thread.start()
+        self._loop, self._server = started.result(START_S)
+
+    def check_health(self) -> None:
+        if not self._thread.is_alive():
+            raise Unreachable("the gateway's server has ended")
+
+    def __del__(self) -> None:
+        """Serve's word for a graceful end: accept nothing more, finish what streams, within the drain's bound."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._server.drain)
+            self._thread.join(DRAIN_S + 5)
+
+
+def _serve(fleet: Fleet, secret: str, started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, GatewayServer]]) -> None:
+    """The thread: builds the application, says that it listens (or why not), and serves until drained."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            server = GatewayServer(_application(fleet, secret), fleet.gateway)
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result((runner.get_loop(), server))
+        runner.run(server.serve())
+
+
+def _application(fleet: Fleet, secret: str) -> FastAPI:
+    transport = GrpcTransport(Credential(secret=secret, tls_dir=fleet.transport.tls_dir))
+    return build_app(
+        spec=fleet.gateway,
+        models={model.name: model for model in fleet.models},
+        membership=lambda: follow_registry(f"mobula-{fleet.name}"),
+        transport=transport,
+        router=make_router(fleet.routing),
+        slos=fleet.slo,
+    )
