@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from typing import Annotated
 
 import psutil
@@ -42,6 +43,8 @@ def end_fleet(record: Record) -> int:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, KILL_S)
+    if record.directory is not None:
+        shutil.rmtree(record.directory, ignore_errors=True)
     return len(left)
 
 

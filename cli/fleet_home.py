@@ -38,6 +38,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     supervisor: ProcessId
     url: str
     processes: tuple[ProcessId, ...] = ()
+    directory: str | None = None
+    """Where a local Ray keeps its files."""
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -47,8 +47,8 @@ class LocalRay:
 
     def __init__(self, nodes: Sequence[NodeSpec], label: str) -> None:
         """Blocks until all nodes are there."""
-        self._directory = Path(tempfile.mkdtemp(prefix="mobula-", dir="/tmp"))  # Sockets' paths must be short.
-        prepare_environment(self._directory)
+        self.directory = Path(tempfile.mkdtemp(prefix="mobula-", dir="/tmp"))  # Sockets' paths must be short.
+        prepare_environment(self.directory)
         self._cluster: Any = None
         try:
             self._start(nodes, label)
@@ -82,7 +82,7 @@ class LocalRay:
         ending.start()
         ending.join(SHUTDOWN_S)
         end_children()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _shutdown(self, ray: Any) -> None:
         ray.shutdown()

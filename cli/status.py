@@ -8,6 +8,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -50,7 +51,7 @@ def fetch(home: FleetHome) -> FleetStatus:
 
 
 def table(now: FleetStatus) -> Table:
-    shown = Table(title=f"{now.fleet} at {now.url}", title_justify="left")
+    shown = Table(title=f"{now.fleet} at {now.url}", title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("replica", "role", "phase", "node", "pid"):
         shown.add_column(heading, no_wrap=heading == "replica")
     for heading in ("running", "waiting", "KV", "step", "power"):

@@ -26,7 +26,7 @@ from cli.local_ray import LocalRay, adopt_orphans, end_children
 from cluster.errors import MobulaError, Unreachable
 from cluster.fleet import Fleet
 from cluster.placement import NODE_LABEL
-from cluster.replica import Load, Phase
+from cluster.replica import Phase, Replica
 
 log = logging.getLogger("mobula")
 
@@ -83,19 +83,21 @@ def _supervise(order: Order, home: FleetHome, tell: Tell) -> None:
     record = Record(fleet=fleet.name, supervisor=identify(psutil.Process()), url=url)
     home.write_record(record)
     secret = _secret(fleet, home)
-    with _ray(order, tell):
+    with _ray(order, tell) as directory:
+        record = msgspec.structs.replace(record, directory=directory)
         signal.signal(signal.SIGTERM, _exit)  # Ray has put its own in place.
         asyncio.run(_Supervisor(fleet, secret, record, home, tell).run())
 
 
 @contextlib.contextmanager
-def _ray(order: Order, tell: Tell) -> Iterator[None]:
+def _ray(order: Order, tell: Tell) -> Iterator[str | None]:
+    """Connected to Ray; the directory of a local one."""
     if order.address is None:
         tell(Progress(kind="phase", text=f"Starting Ray with {len(order.fleet.nodes)} nodes"))
         local = None
         try:
             local = LocalRay(order.fleet.nodes, NODE_LABEL)
-            yield
+            yield str(local.directory)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Already on the way out.
             if local is not None:
@@ -107,7 +109,7 @@ def _ray(order: Order, tell: Tell) -> Iterator[None]:
 
         ray.init(address=order.address, log_to_driver=False)
         try:
-            yield
+            yield None
         finally:
             ray.shutdown()
 
@@ -183,41 +185,39 @@ class _Supervisor:
         lost = await self._registry.lost()
         rows = (*membership.replicas, *lost)
         workers = sorted({row.worker_id for row in rows})
-        answers = await asyncio.gather(
-            *(self._workers.call(worker, "status", STATUS_S) for worker in workers), return_exceptions=True
-        )
-        by_worker = {
-            worker: answer for worker, answer in zip(workers, answers, strict=True) if not isinstance(answer, BaseException)
-        }
-        loads: dict[str, Load] = {load.replica_id: load for answer in by_worker.values() for load in answer.loads}
+        answers = await asyncio.gather(*map(self._ask, workers))
+        by_worker = dict(zip(workers, answers, strict=True))
         return FleetStatus(
             fleet=self._fleet.name,
             url=self._record.url,
             version=membership.version,
-            replicas=tuple(_row(row, by_worker.get(row.worker_id), loads.get(row.replica_id)) for row in rows),
+            replicas=tuple(_row(row, by_worker[row.worker_id]) for row in rows),
         )
 
     async def _ask(self, worker_id: str) -> Any:
-        """A worker's status; None where it does not answer."""
+        """A worker's status; None from one that drains or is stuck, LOST from one that is gone."""
         try:
             return await self._workers.call(worker_id, "status", STATUS_S)
-        except Unreachable:
+        except TimeoutError:
             return None
+        except Unreachable:
+            return Phase.LOST
 
 
-def _row(row: Any, worker: Any, load: Load | None) -> ReplicaStatus:
+def _row(row: Replica, worker: Any) -> ReplicaStatus:
     status = ReplicaStatus(
         replica_id=row.replica_id,
         role=row.role.value,
-        phase=row.phase.value if worker is not None else Phase.LOST.value,
+        phase=(worker if isinstance(worker, Phase) else row.phase).value,
         model=row.model,
         node=row.node,
         worker_id=row.worker_id,
         endpoint=row.endpoint,
         kv_blocks=row.kv_blocks,
     )
-    if worker is None or load is None:
+    if worker is None or isinstance(worker, Phase):
         return status
+    load = next(load for load in worker.loads if load.replica_id == row.replica_id)
     return msgspec.structs.replace(
         status,
         pid=worker.pid,

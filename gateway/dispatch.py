@@ -161,11 +161,6 @@ class Dispatcher:
 
     # What links say.
 
-    def opened(self, worker_id: str) -> None:
-        for row in self._replicas.values():
-            if row.worker_id == worker_id:
-                self._links.send(worker_id, Resync(replica_id=row.replica_id))
-
     def busy(self, worker_id: str) -> bool:
         return any(generation.worker_id == worker_id for generation in self._running.values())
 

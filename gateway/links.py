@@ -26,8 +26,6 @@ _GONE = (Phase.STOPPED, Phase.LOST)
 class Listener(Protocol):
     """Who hears what links say. Called on the loop; may not block."""
 
-    def opened(self, worker_id: str) -> None: ...
-
     def heard(self, worker_id: str, message: FromWorker) -> None: ...
 
     def lost(self, worker_id: str, cause: str) -> None:
@@ -128,7 +126,6 @@ class WorkerLinks:
     async def _listen(self, worker_id: str, link: _Link, stream: WorkerLink) -> None:
         link.stream, link.heard_s, link.silent = stream, self._clock(), False
         try:
-            self._listener.opened(worker_id)
             async for message in stream.messages():
                 link.heard_s, link.silent = self._clock(), False
                 self._listener.heard(worker_id, message)

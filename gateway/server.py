@@ -62,12 +62,15 @@ class GatewayServer(uvicorn.Server):
 
     def drain(self) -> None:
         """Loop thread only."""
-        self._gateway.dispatcher.draining = True
+        self._refuse_new()
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: object) -> None:
         super().handle_exit(sig, frame)
-        if self._gateway.dispatcher is not None:
+        self._refuse_new()
+
+    def _refuse_new(self) -> None:
+        if self._gateway.dispatcher is not None:  # Else it has not begun to serve.
             self._gateway.dispatcher.draining = True
 
 

@@ -1,6 +1,6 @@
 """The worker: a process that hosts replicas, serves their tokens and KV, and says how they are.
 
-A plain class; `controller/act/replicas.py` makes a Ray actor of it. Its life is start -> warm -> ready -> drain -> stop.
+A plain class; `worker_process.py` is the Ray actor around it. Its life is start -> warm -> ready -> drain -> stop.
 It needs the registry to be found and for nothing else: with the registry gone it serves on and keeps trying to be heard.
 """
 
@@ -10,13 +10,10 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 from wsgiref.simple_server import WSGIServer
 
 import msgspec
@@ -77,7 +74,6 @@ class Worker:
         registry: Registry,
         host: str = "127.0.0.1",
     ) -> None:
-        """Takes over SIGTERM where it is made on a process's main thread: the first one drains, and then the old handler runs."""
         self.plan = plan
         self._spec = transport
         self._host = host
@@ -91,23 +87,19 @@ class Worker:
         self._listener: Listener | None = None
         self._metrics_server: WSGIServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopped = False
-        self._ending: asyncio.Task[None] | None = None
-        self._before: Any = None
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._stopping: asyncio.Event | None = None
+        self.stopped = False
 
     # Life
 
     async def start(self) -> None:
         """Load every engine, serve, warm, and tell the registry. Raises what an engine or the address raises, leaving nothing."""
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         try:
             for plan in self.plan.replicas:
                 engine = await asyncio.to_thread(build_engine, plan.group, plan.model)
                 replica = self._replicas[plan.replica_id] = HostedReplica(plan, engine, self._pull)
-                await asyncio.to_thread(replica.start, self._loop)
+                await asyncio.to_thread(replica.start, loop)
             serving = self._grpc if self._spec.kv == "grpc" else self._shared
             self._listener = await serving.serve(self, self._host, 0)
             metrics = ReplicaMetrics(self._replicas.values())
@@ -134,9 +126,17 @@ class Worker:
 
     async def stop(self) -> None:
         """End everything. What still runs ends with an error that says another replica may do better. Harmless a second time."""
-        if self._stopped:
+        if self._stopping is not None:
+            await self._stopping.wait()
             return
-        self._stopped = True
+        self._stopping = asyncio.Event()
+        try:
+            await self._end_all()
+        finally:
+            self.stopped = True
+            self._stopping.set()
+
+    async def _end_all(self) -> None:
         for task in self._tasks:
             task.cancel()
         for replica in self._replicas.values():
@@ -162,22 +162,6 @@ class Worker:
             metrics_url=f"http://{self._host}:{port}/metrics",
             loads=tuple(replica.report(now_s) for replica in self._replicas.values()),
         )
-
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        if self._stopped or self._loop is None or self._loop.is_closed():
-            signal.signal(number, self._before or signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        else:
-            self._loop.call_soon_threadsafe(self._begin_end)
-
-    def _begin_end(self) -> None:
-        if self._ending is None:
-            self._ending = asyncio.ensure_future(self._end())
-
-    async def _end(self) -> None:
-        await self.drain()
-        await self.stop()
-        os.kill(os.getpid(), signal.SIGTERM)
 
     # WorkerService
 

@@ -14,7 +14,8 @@ from cluster.errors import InvalidConfig, MobulaError, Unreachable
 from cluster.fleet import Fleet
 from cluster.placement import NODE_LABEL, WorkerPlan
 from controller.registry import REGISTRY_NAME, Registry, RegistryClient, namespace_of
-from workers.worker import DRAIN_S, Worker
+from workers.worker import DRAIN_S
+from workers.worker_process import WorkerProcess
 
 START_S = 900.0  # A big checkpoint from a slow disk, or from the hub.
 REGISTRY_START_S = 60.0
@@ -72,15 +73,15 @@ class Workers:
         self._handles.clear()
 
     async def call(self, worker_id: str, method: str, timeout_s: float) -> Any:
-        """A method of one worker. Raises Unreachable where it is gone or silent."""
+        """A method of one worker. Raises Unreachable where it is gone, TimeoutError where it is busy."""
         try:
             async with asyncio.timeout(timeout_s):
                 return await getattr(self._handles[worker_id], method).remote()
-        except (RayActorError, TimeoutError, KeyError) as error:
-            raise Unreachable(f"{worker_id} does not answer: {type(error).__name__}") from error
+        except RayActorError as error:
+            raise Unreachable(f"{worker_id} is gone") from error
 
     async def _start(self, plan: WorkerPlan, ready: Callable[[WorkerPlan], None]) -> None:
-        actor = ray.remote(Worker).options(
+        actor = ray.remote(WorkerProcess).options(
             name=plan.worker_id,
             namespace=namespace_of(self._fleet.name),
             num_cpus=0,
@@ -95,7 +96,8 @@ class Workers:
         except RayTaskError as error:
             raise _cause(error, plan) from error
         except RayActorError as error:
-            raise Unreachable(f"{plan.worker_id} on node {plan.node.name} died while it started") from error
+            reason = str(error).strip().splitlines()[-1]
+            raise Unreachable(f"{plan.worker_id} on node {plan.node.name} died while it started: {reason}") from error
         ready(plan)
 
     async def _stop(self, handle: Any, drain_s: float) -> None:

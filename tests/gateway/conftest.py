@@ -42,7 +42,7 @@ class Served:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(5):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 -- a condition on another's state has no event
                 await asyncio.sleep(0.005)
 
 

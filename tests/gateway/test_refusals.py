@@ -1,0 +1,182 @@
+"""Bad input: one clear error in OpenAI's shape, and nothing sent to a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import openai
+import pytest
+import pytest_asyncio
+
+from cluster.errors import InvalidConfig
+from cluster.fleet import GatewaySpec
+from cluster.handoff import Token
+from gateway.server import listen
+from tests.gateway.conftest import serving
+from tests.gateway.fake_fleet import CONTEXT_TOKENS, MODEL, FakeFleet
+
+OK = {"model": MODEL, "prompt": "ab", "max_tokens": 2}
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "code"),
+    [
+        ("completions", b"{", 400, None, "invalid_json"),
+        ("completions", b"", 400, None, "invalid_json"),
+        ("completions", b'{"model": "\xff"}', 400, None, "invalid_utf8"),
+        ("completions", b'{"model": "\\ud800", "prompt": "a"}', 400, None, "invalid_json"),
+        ("completions", b"[" * 100_000, 400, None, None),
+        ("completions", [], 400, None, "invalid_type"),
+        ("completions", {"model": MODEL}, 400, "prompt", "missing_required_parameter"),
+        ("completions", OK | {"model": "unknown"}, 404, "model", "model_not_found"),
+        ("completions", OK | {"max_tokens": "2"}, 400, "max_tokens", "invalid_type"),
+        ("completions", OK | {"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+        ("completions", OK | {"max_tokens": 10**30}, 400, "max_tokens", "context_length_exceeded"),
+        ("completions", OK | {"max_tokens": CONTEXT_TOKENS}, 400, "max_tokens", "context_length_exceeded"),
+        ("completions", OK | {"prompt": "a" * CONTEXT_TOKENS}, 400, "prompt", "context_length_exceeded"),
+        ("completions", OK | {"prompt": ""}, 400, "prompt", "invalid_value"),
+        ("completions", OK | {"prompt": []}, 400, "prompt", "invalid_value"),
+        ("completions", OK | {"prompt": ["a", 1]}, 400, "prompt", "invalid_value"),
+        ("completions", OK | {"prompt": [-1]}, 400, "prompt", "invalid_value"),
+        ("completions", OK | {"prompt": [10**9]}, 400, "prompt", "invalid_value"),
+        ("completions", OK | {"prompt": [[]]}, 400, "prompt", "invalid_value"),
+        ("completions", OK | {"n": 0}, 400, "n", "invalid_value"),
+        ("completions", OK | {"n": 129}, 400, "n", "invalid_value"),
+        ("completions", OK | {"n": 65, "prompt": ["a", "b"]}, 400, "n", "invalid_value"),
+        ("completions", OK | {"temperature": 2.1}, 400, "temperature", "invalid_value"),
+        ("completions", OK | {"top_p": 0}, 400, "top_p", "invalid_value"),
+        ("completions", OK | {"seed": 2**63}, 400, "seed", "invalid_value"),
+        ("completions", OK | {"min_tokens": 3}, 400, "min_tokens", "invalid_value"),
+        ("completions", OK | {"stop": ["a"] * 17}, 400, "stop", "invalid_value"),
+        ("completions", OK | {"stop": ""}, 400, "stop", "invalid_value"),
+        ("completions", OK | {"stop": [1]}, 400, "stop", "invalid_type"),
+        ("completions", OK | {"stop_token_ids": [-1]}, 400, "stop_token_ids", "invalid_value"),
+        ("completions", OK | {"logprobs": 21}, 400, "logprobs", "invalid_value"),
+        ("completions", OK | {"echo": True}, 400, "echo", "unsupported_parameter"),
+        ("completions", OK | {"suffix": "x"}, 400, "suffix", "unsupported_parameter"),
+        ("completions", OK | {"best_of": 2}, 400, "best_of", "unsupported_parameter"),
+        ("completions", OK | {"logit_bias": {"1": 5}}, 400, "logit_bias", "unsupported_parameter"),
+        ("completions", OK | {"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_value"),
+        ("completions", OK | {"slo_class": "gold"}, 400, "slo_class", "invalid_value"),
+        ("completions", OK | {"priority": 101}, 400, "priority", "invalid_value"),
+        ("completions", OK | {"tempreature": 1}, 400, "tempreature", "unknown_parameter"),
+        ("chat/completions", CHAT | {"messages": []}, 400, "messages", "invalid_value"),
+        ("chat/completions", CHAT | {"messages": [{"role": "king", "content": "a"}]}, 400, "messages", "invalid_type"),
+        ("chat/completions", CHAT | {"tools": [{}]}, 400, "tools", "unsupported_parameter"),
+        ("chat/completions", CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+        ("chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
+        ("chat/completions", CHAT | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
+    ],
+)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_bad_bodies_get_an_error_that_names_the_field(shared, path, body, status, param, code):
+    content = {"content": body} if isinstance(body, bytes) else {"json": body}
+    answer = await shared.http.post(f"/v1/{path}", **content)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    if code is not None:
+        assert error["code"] == code
+    assert shared.fleet.workers["a"].submits == []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(model_dir):
+    """One gateway for all: nothing here reaches a worker."""
+    async with serving(model_dir, FakeFleet("a"), max_body_bytes=200_000) as served:
+        yield served
+
+
+async def test_neutral_values_of_unsupported_fields_change_nothing(serve):
+    async with serve(FakeFleet("a")) as served:
+        extra = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "store": False}
+        answer = await served.http.post("/v1/chat/completions", json=CHAT | extra | {"max_tokens": 1, "audio": None})
+    assert answer.status_code == 200
+
+
+async def test_the_context_error_names_value_and_bound(serve):
+    async with serve(FakeFleet("a")) as served:
+        with pytest.raises(openai.BadRequestError, match="prompt of 2 tokens and max_tokens 255 make 257, above 256"):
+            await served.client.completions.create(**OK | {"max_tokens": 255})
+
+
+async def test_a_body_above_the_bound_is_413_announced_or_not(serve):
+    async def pieces():
+        for _ in range(20):
+            yield b"x" * 100
+
+    async with serve(FakeFleet("a"), max_body_bytes=1000) as served:
+        announced = await served.http.post("/v1/completions", content=b"x" * 1001)
+        chunked = await served.http.post("/v1/completions", content=pieces())
+    assert (announced.status_code, chunked.status_code) == (413, 413)
+    assert announced.json()["error"]["code"] == "body_too_large"
+
+
+async def test_unknown_paths_and_methods_answer_in_the_same_shape(serve):
+    async with serve(FakeFleet("a")) as served:
+        missing, wrong = await served.http.get("/v2"), await served.http.get("/v1/completions")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
+
+
+async def test_request_ids_are_echoed_made_up_or_refused(serve):
+    async with serve(FakeFleet("a")) as served:
+        given = await served.http.post("/v1/completions", json=OK, headers={"x-request-id": "mine-1"})
+        made = await served.http.post("/v1/completions", json=OK)
+        refused = await served.http.post("/v1/completions", json=OK, headers={"x-request-id": "a b"})
+        failed = await served.http.post("/v1/completions", json=OK | {"n": 0}, headers={"x-request-id": "mine-2"})
+    assert given.headers["x-request-id"] == "mine-1"
+    assert len(made.headers["x-request-id"]) == 32
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-request-id")
+    assert failed.headers["x-request-id"] == "mine-2"
+
+
+async def test_an_engine_that_refuses_is_told_to_the_client(serve):
+    def refuse(worker, submit, index):
+        worker.tokens(Token(request_id=submit.request.request_id, attempt=0, index=0, finish="error", error="too odd"))
+        return True
+
+    fleet = FakeFleet("a")
+    fleet.workers["a"].fault = refuse
+    async with serve(fleet) as served:
+        with pytest.raises(openai.BadRequestError, match="too odd"):
+            await served.client.completions.create(**OK)
+
+
+async def test_without_a_ready_replica_it_is_503_and_live(serve):
+    async with serve(FakeFleet("a"), publish=False) as served:
+        with pytest.raises(openai.InternalServerError) as caught:
+            await served.client.completions.create(**OK)
+        health, live = await served.http.get("/health"), await served.http.get("/health/live")
+    assert caught.value.status_code == 503
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    assert (health.status_code, live.status_code) == (503, 200)
+
+
+async def test_beyond_the_queue_it_is_429_with_a_retry_after(serve):
+    fleet = FakeFleet("a", max_running=1)
+    fleet.workers["a"].hold = asyncio.Event()
+    async with serve(fleet, max_queue=2) as served:
+        line = served.gateway.dispatcher
+        asked = [asyncio.create_task(served.client.completions.create(**OK)) for _ in range(8)]
+        await served.until(lambda: sum(one.done() for one in asked) + line.in_flight == 8)
+        refused = [one.exception() for one in asked if one.done()]
+        fleet.workers["a"].hold.set()
+        await asyncio.wait(asked)
+    assert refused
+    for error in refused:
+        assert isinstance(error, openai.RateLimitError)
+        assert int(error.response.headers["retry-after"]) >= 1
+    assert sum(one.exception() is None for one in asked) == 8 - len(refused)
+
+
+def test_a_taken_port_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InvalidConfig, match=f"127.0.0.1:{port}: Address already in use"):
+            listen(GatewaySpec(port=port, allow_anonymous=True))

@@ -1,0 +1,256 @@
+"""Claims about workers with the emulated engine over real gRPC and shared memory, without Ray."""
+
+import asyncio
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.fleet import ModelSpec, NodeSpec, Pace, ReplicaGroup, TransportSpec
+from cluster.kv import KvCleared, KvStored
+from cluster.placement import ReplicaPlan, WorkerPlan
+from cluster.replica import Phase, Replica, Role
+from cluster.request import Request, SamplingParams
+from transports.grpc import GrpcTransport
+from transports.messages import Abort, BlockEvents, PrefillSource, Report, Resync, Submit, Tokens
+from transports.transport import Credential, WorkerLink
+from workers.worker import Worker, host_id
+
+SECRET = "secret"
+PATIENCE_S = 10.0
+FAST = Pace(shape="llama-3.1-8b", accelerator="h100", speedup=50.0)
+SLOW = Pace(shape="llama-3.1-8b", accelerator="h100", speedup=0.5)
+
+
+class FakeRegistry:
+    def __init__(self) -> None:
+        self.rows: dict[str, Replica] = {}
+        self.phases: dict[str, Phase] = {}
+        self.registered = asyncio.Event()
+
+    async def register(self, replicas):
+        self.registered.set()
+        self.rows |= {replica.replica_id: replica for replica in replicas}
+        self.phases |= {replica.replica_id: replica.phase for replica in replicas}
+
+    async def heartbeat(self, worker_id, phases):
+        self.phases |= phases
+        return any(row.worker_id == worker_id for row in self.rows.values())
+
+    async def deregister(self, worker_id):
+        self.rows = {name: row for name, row in self.rows.items() if row.worker_id != worker_id}
+
+
+class Fleet:
+    """Workers and one gateway's links to them."""
+
+    def __init__(self) -> None:
+        self.registry = FakeRegistry()
+        self.workers: dict[str, Worker] = {}
+        self.links: list[WorkerLink] = []
+
+    async def worker(self, name: str, *roles: Role, pace: Pace = FAST, kv: str = "auto") -> Worker:
+        model = ModelSpec(name="tiny", path="tiny")
+        groups = [ReplicaGroup(role=role, engine="emulated", pace=pace, kv_blocks=64, max_running=8) for role in roles]
+        replicas = tuple(ReplicaPlan(replica_id=f"{g.role.value}-{name}-{i}", group=g, model=model) for i, g in enumerate(groups))
+        plan = WorkerPlan(worker_id=name, node=NodeSpec(name="a"), replicas=replicas)
+        worker = self.workers[name] = Worker(plan, TransportSpec(kv=kv), SECRET, self.registry)
+        await worker.start()
+        return worker
+
+    async def link(self, replica_id: str, gateway: str = "gateway") -> "Link":
+        link = await GrpcTransport(Credential(secret=SECRET)).connect(self.registry.rows[replica_id].endpoint, gateway)
+        self.links.append(link)
+        return Link(link, replica_id)
+
+    def source(self, replica_id: str) -> PrefillSource:
+        return PrefillSource(replica_id=replica_id, endpoint=self.registry.rows[replica_id].endpoint, host_id=host_id())
+
+    async def close(self) -> None:
+        for link in self.links:
+            await link.close()
+        for worker in self.workers.values():
+            await worker.stop()
+
+
+class Link:
+    def __init__(self, link: WorkerLink, replica_id: str) -> None:
+        self._link, self._replica_id = link, replica_id
+        self._messages = link.messages()
+
+    def submit(self, request_id="r", *, tokens=8, replica_id=None, model="tiny", prefill=None, prompt=range(100)) -> None:
+        request = Request(request_id=request_id, model=model, prompt=tuple(prompt), sampling=SamplingParams(max_tokens=tokens))
+        self._link.send(Submit(replica_id=replica_id or self._replica_id, request=request, attempt=0, prefill=prefill))
+
+    def send(self, message) -> None:
+        self._link.send(message)
+
+    async def next(self, kind, holds=lambda message: True):
+        async with asyncio.timeout(PATIENCE_S):
+            async for message in self._messages:
+                if isinstance(message, kind) and holds(message):
+                    return message
+        raise AssertionError("the stream ended")
+
+    async def finished(self, request_id="r"):
+        """Every token of a request."""
+        tokens = []
+        while not tokens or tokens[-1].finish is None:
+            tokens += [token for token in (await self.next(Tokens)).tokens if token.request_id == request_id]
+        return tokens
+
+    async def idle(self) -> Report:
+        return await self.next(Report, lambda m: all(x.running + x.waiting + x.kv_blocks_used == 0 for x in m.loads))
+
+    async def close(self) -> None:
+        await self._link.close()
+
+
+@pytest.fixture
+async def fleet() -> Iterator[Fleet]:
+    fleet = Fleet()
+    yield fleet
+    await fleet.close()
+
+
+def ids(tokens) -> list[int]:
+    assert tokens[-1].finish == "length", tokens[-1]
+    assert [token.index for token in tokens] == list(range(len(tokens)))
+    return [token.token_id for token in tokens]
+
+
+async def test_a_started_worker_is_ready_in_the_registry_and_gone_after_stop(fleet):
+    worker = await fleet.worker("w", Role.PREFILL, Role.DECODE)
+    assert fleet.registry.phases == {"prefill-w-0": Phase.READY, "decode-w-1": Phase.READY}
+    assert fleet.registry.rows["decode-w-1"].ready_since_s is not None
+    await worker.stop()
+    assert fleet.registry.rows == {}
+
+
+@pytest.mark.parametrize("kv", ["grpc", "auto"])
+async def test_disaggregated_tokens_equal_those_of_one_replica(fleet, kv):
+    await fleet.worker("p", Role.PREFILL, kv=kv)
+    await fleet.worker("d", Role.DECODE, kv=kv)
+    await fleet.worker("m", Role.MIXED)
+    decode, mixed = await fleet.link("decode-d-0"), await fleet.link("mixed-m-0")
+    mixed.submit()
+    alone = await mixed.finished()
+    decode.submit(prefill=fleet.source("prefill-p-0"))
+    apart = await decode.finished()
+    assert ids(apart) == ids(alone)
+    assert len(apart[0].times) == 3
+    assert apart[0].cached_tokens == 0
+    metrics = await scrape(fleet.workers["d"])
+    assert 'mobula_replica_transfers_total{outcome="complete",replica="decode-d-0",role="decode"} 1.0' in metrics
+
+
+async def scrape(worker: Worker) -> str:
+    url = (await worker.status()).metrics_url
+    return await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=PATIENCE_S).read().decode())
+
+
+async def test_a_dead_prefill_worker_costs_time_and_no_token(fleet):
+    await fleet.worker("p", Role.PREFILL)
+    await fleet.worker("d", Role.DECODE)
+    source = fleet.source("prefill-p-0")
+    link = await fleet.link("decode-d-0")
+    link.submit("with", prefill=source)
+    alone = ids(await link.finished("with"))
+    await fleet.workers["p"].stop()
+    link.submit("without", prefill=source)
+    assert ids(await link.finished("without")) == alone
+
+
+@pytest.mark.parametrize(
+    ("asked", "words", "retry"),
+    [
+        ({"replica_id": "decode-x-9"}, "no replica decode-x-9 on w", True),
+        ({"replica_id": "prefill-w-0"}, "does not decode", True),
+        ({"model": "other"}, "model other is not served by decode-w-1", True),
+        ({"tokens": 0}, "max_tokens 0 is outside", False),
+        ({"prompt": range(5000)}, "5000", False),
+    ],
+)
+async def test_what_cannot_run_here_ends_in_one_token_that_says_why(fleet, asked, words, retry):
+    await fleet.worker("w", Role.PREFILL, Role.DECODE)
+    link = await fleet.link("decode-w-1")
+    link.submit(**asked)
+    (token,) = await link.finished()
+    assert (token.finish, token.retry) == ("error", retry)
+    assert words in token.error
+
+
+async def test_an_abort_ends_the_request_and_frees_its_blocks(fleet):
+    await fleet.worker("w", Role.MIXED, pace=SLOW)
+    link = await fleet.link("mixed-w-0")
+    link.submit(tokens=800)
+    await link.next(Tokens)
+    link.send(Abort(request_id="r", attempt=0))
+    assert (await link.finished())[-1].finish == "abort"
+    await link.idle()
+
+
+async def test_a_gateway_that_goes_away_has_its_requests_aborted_and_anothers_run_on(fleet):
+    await fleet.worker("w", Role.MIXED)
+    leaving, staying = await fleet.link("mixed-w-0", "leaving"), await fleet.link("mixed-w-0", "staying")
+    leaving.submit("left", tokens=800)
+    staying.submit("kept", tokens=50)
+    await leaving.next(Tokens)
+    await leaving.close()
+    assert len(ids(await staying.finished("kept"))) == 50
+    await staying.idle()
+
+
+async def test_a_gateway_cannot_abort_anothers_request(fleet):
+    await fleet.worker("w", Role.MIXED)
+    one, other = await fleet.link("mixed-w-0", "one"), await fleet.link("mixed-w-0", "other")
+    one.submit(tokens=40)
+    other.send(Abort(request_id="r", attempt=0))
+    assert len(ids(await one.finished())) == 40
+
+
+async def test_draining_finishes_what_runs_and_refuses_what_comes(fleet):
+    worker = await fleet.worker("w", Role.MIXED, pace=SLOW)
+    link = await fleet.link("mixed-w-0")
+    link.submit("old", tokens=20)
+    await link.next(Tokens)
+    draining = asyncio.create_task(worker.drain())
+    await link.next(Report, lambda report: report.loads[0].phase is Phase.DRAINING)
+    assert fleet.registry.phases["mixed-w-0"] is Phase.DRAINING
+    link.submit("new")
+    (refused,) = await link.finished("new")
+    assert refused.retry
+    assert "draining" in refused.error
+    assert (await link.next(Tokens, lambda m: m.tokens[-1].finish)).tokens[-1].finish == "length"
+    await draining
+
+
+async def test_stopping_ends_what_runs_with_a_word_to_retry(fleet):
+    worker = await fleet.worker("w", Role.MIXED, pace=SLOW)
+    link = await fleet.link("mixed-w-0")
+    link.submit(tokens=800)
+    await link.next(Tokens)
+    stopping = asyncio.create_task(worker.stop())
+    last = (await link.finished())[-1]
+    assert (last.finish, last.retry) == ("error", True)
+    await stopping
+
+
+async def test_block_events_are_numbered_and_a_resync_tells_all_again(fleet):
+    await fleet.worker("w", Role.MIXED)
+    link = await fleet.link("mixed-w-0")
+    first = await link.next(BlockEvents)
+    assert (first.sequence, first.events[0]) == (0, KvCleared())
+    link.submit()
+    await link.next(BlockEvents, lambda m: m.sequence == 1 and any(isinstance(event, KvStored) for event in m.events))
+    link.send(Resync(replica_id="mixed-w-0"))
+    again = await link.next(BlockEvents, lambda m: m.events[0] == KvCleared())
+    assert sum(len(event.hashes) for event in again.events if isinstance(event, KvStored)) >= 100 // 16
+
+
+async def test_a_worker_that_the_registry_forgot_registers_again(fleet):
+    await fleet.worker("w", Role.MIXED)
+    await fleet.registry.deregister("w")
+    fleet.registry.registered.clear()
+    await asyncio.wait_for(fleet.registry.registered.wait(), PATIENCE_S)
+    assert "mixed-w-0" in fleet.registry.rows
