@@ -26,9 +26,11 @@ def init(
     """
     # torch and transformers take seconds to import: not for --help.
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from transformers.utils import logging
 
     from workers.engines.torch_engine import tiny_model
 
+    logging.disable_progress_bar()
     columns = (
         "training",
         BarColumn(),
