@@ -79,7 +79,7 @@ def mobula() -> None:
 
     - `mobula up -f cluster.yaml`
 
-    - `mobula replay trace.csv --url http://127.0.0.1:8000/v1`
+    - `mobula replay trace.csv --url http://127.0.0.1:8000`
 
     - `mobula down`
     """

@@ -14,6 +14,7 @@ from collections.abc import Coroutine
 from types import FrameType
 from typing import Any, TypeVar
 
+import ray
 import uvloop
 
 from cluster.fleet import TransportSpec
@@ -29,7 +30,7 @@ class WorkerProcess:
     def __init__(self, plan: WorkerPlan, transport: TransportSpec, secret: str, registry: Registry) -> None:
         self._loop = uvloop.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="worker", daemon=True).start()
-        self._worker = Worker(plan, transport, secret, registry)
+        self._worker = Worker(plan, transport, secret, registry, host=_host(transport))
         self._ending = False
         self._before: Any = signal.signal(signal.SIGTERM, self._on_sigterm)
 
@@ -57,6 +58,11 @@ class WorkerProcess:
         elif not self._ending:
             self._ending = True
             asyncio.run_coroutine_threadsafe(_end(self._worker), self._loop)
+
+
+def _host(transport: TransportSpec) -> str:
+    """Where the worker listens: to other hosts only under TLS."""
+    return ray.util.get_node_ip_address() if transport.tls_dir else "127.0.0.1"
 
 
 async def _end(worker: Worker) -> None:
