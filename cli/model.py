@@ -20,7 +20,7 @@ def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it: a new or empty directory.")],
     preset: Annotated[str, typer.Option(help="tiny-dense (Llama) or tiny-moe (Qwen3-MoE, 8 experts).")] = "tiny-dense",
 ) -> None:
-    """Write a small checkpoint with its tokenizer, trained on a book for about a minute the first time.
+    """Write a small checkpoint with its tokenizer, trained on a book for about a minute and a half the first time.
 
     Example: mobula model init model --preset tiny-moe
     """

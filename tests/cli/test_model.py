@@ -7,7 +7,6 @@ from workers.engines.torch_engine import tiny_model
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MOBULA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tiny_model, "THREADS", 1)
     monkeypatch.setattr(tiny_model, "STEPS", 2)
 
 
