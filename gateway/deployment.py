@@ -22,6 +22,7 @@ from cluster.fleet import Fleet
 from gateway.app import build_app
 from gateway.membership import follow_registry
 from gateway.routers import make_router
+from gateway.serve_process import drain_at_sigterm, stay_on_loopback
 from gateway.server import DRAIN_S, GatewayServer
 from transports.grpc import GrpcTransport
 from transports.transport import Credential
@@ -63,11 +64,13 @@ class GatewayReplica:
     """One gateway process."""
 
     def __init__(self, fleet_data: bytes, secret: str) -> None:
+        stay_on_loopback()
         fleet = msgspec.msgpack.decode(fleet_data, type=Fleet)
         started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, GatewayServer]] = concurrent.futures.Future()
         self._thread = threading.Thread(target=_serve, args=(fleet, secret, started), name="gateway", daemon=True)
         self._thread.start()
         self._loop, self._server = started.result(START_S)
+        drain_at_sigterm(self._drain, self._thread)
 
     def check_health(self) -> None:
         if not self._thread.is_alive():
@@ -76,8 +79,11 @@ class GatewayReplica:
     def __del__(self) -> None:
         """Serve's word for a graceful end: accept nothing more, finish what streams, within the drain's bound."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._server.drain)
+            self._drain()
             self._thread.join(DRAIN_S + 5)
+
+    def _drain(self) -> None:
+        self._loop.call_soon_threadsafe(self._server.drain)
 
 
 def _serve(fleet: Fleet, secret: str, started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, GatewayServer]]) -> None:

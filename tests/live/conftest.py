@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -110,12 +111,19 @@ def start_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
         assert done.returncode == 0, done.stdout + done.stderr
         return LiveFleet(name=name, url=f"http://127.0.0.1:{port}", home=folder, model=Path(config["models"][0]["path"]))
 
-    before = {process.pid for process in psutil.process_iter()}
     yield start
     for name, folder in started:
         mobula("down", name, home=folder)
-    leftover = [process for process in psutil.process_iter() if process.pid not in before and "ray::" in process.name()]
+    homes = {str(folder) for _, folder in started}
+    leftover = [process for process in psutil.process_iter() if home_of(process) in homes]
     assert not leftover, f"mobula down left {leftover}"
+
+
+def home_of(process: psutil.Process) -> str | None:
+    """The MOBULA_HOME it was started with, which all of a fleet's processes inherit."""
+    with contextlib.suppress(psutil.Error):
+        return process.environ().get("MOBULA_HOME")
+    return None
 
 
 def kill(replica: dict) -> None:

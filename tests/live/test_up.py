@@ -105,12 +105,9 @@ def test_every_replica_is_ready_on_the_node_it_was_given(home):
 
 
 def test_all_that_is_ours_listens_on_loopback_only(home):
-    """Ray Serve's replicas open a port of Serve's own on all addresses; Ray offers no setting for it."""
     supervisor = home.record().supervisor.find()
     for process in (supervisor, *supervisor.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith("ray::ServeReplica"):
-                continue
             listening = [c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
             assert {ip for ip in listening if ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")} == set(), process.cmdline()
 
