@@ -152,6 +152,8 @@ class HostedReplica:
 
     def report(self, now_s: float) -> Load:
         load = self.engine.load()
+        if self.phase is Phase.READY and not self.engine.alive:
+            self.phase = Phase.LOST
         self._reports += 1
         return Load(
             replica_id=self.replica_id,

@@ -239,6 +239,23 @@ def test_an_aborted_reservation_leaves_nothing(started):
     assert engine.load().kv_blocks_used == 0
 
 
+def test_a_sink_that_raises_stops_no_step(make):
+    engine, heard, refused = make(), Heard(), []
+
+    def moody(output: StepOutput) -> None:
+        heard(output)
+        if not refused:
+            refused.append(output)
+            raise OSError("nobody listens")
+
+    engine.start(moody)
+    engine.submit(asked("r"))
+    assert [token.index for token in heard.finished("r")] == list(range(12))
+    assert engine.alive
+    engine.stop()
+    assert not engine.alive
+
+
 def test_stop_fails_what_runs_with_retry(started):
     engine, heard = started()
     carrier = Carrier()

@@ -421,6 +421,15 @@ def test_a_late_driver_counts_overruns_and_does_not_add_up_small_delays() -> Non
     assert late == list(range(12))
 
 
+def test_an_engine_whose_books_break_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, driver, told = started()
+    monkeypatch.setattr(engine, "_plan", lambda *_: 1 / 0)
+    engine.submit(Submission(request=request()))
+    driver.drain()
+    assert [(token.finish, token.error, token.retry) for token in told.tokens()] == [("error", "the engine stopped", True)]
+    assert not engine.alive
+
+
 def test_one_thread_steps_many_engines() -> None:
     driver = StepDriver()
     ended = threading.Semaphore(0)

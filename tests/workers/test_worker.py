@@ -236,6 +236,12 @@ async def test_stopping_ends_what_runs_with_a_word_to_retry(fleet):
     await stopping
 
 
+async def test_a_replica_whose_engine_has_ended_is_no_longer_ready(fleet):
+    worker = await fleet.worker("w", Role.MIXED, Role.MIXED)
+    worker._replicas["mixed-w-0"].engine.stop()
+    assert [load.phase for load in (await worker.status()).loads] == [Phase.LOST, Phase.READY]
+
+
 async def test_block_events_are_numbered_and_a_resync_tells_all_again(fleet):
     await fleet.worker("w", Role.MIXED)
     link = await fleet.link("mixed-w-0")

@@ -11,6 +11,7 @@ Batching is that of the torch engine: every decoding request first, then prompts
 
 from __future__ import annotations
 
+import logging
 import threading
 from bisect import insort
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from workers.engines.emulated_request import Sequence, Vocabulary, rank_of
 from workers.engines.engine import EngineCapabilities, EngineLimits, EngineLoad, KvExport, KvImport, Sink, StepOutput, Submission
 from workers.engines.step_driver import Driver
 from workers.engines.torch_engine.block_pool import BlockPool
+
+log = logging.getLogger(__name__)
 
 MAX_WAITING = 1024  # Far beyond what a gateway queues for one replica; a guard against a caller that does not look.
 SMOOTHING = 1 / 16  # Weight of the newest step in the mean step time.
@@ -95,6 +98,10 @@ class EmulatedEngine:
         self._sink: Sink = _nobody
         self._step_s = 0.0
         self._steps = self._overruns = self._prompt_tokens = self._cached_tokens = self._output_tokens = self._preemptions = 0
+
+    @property
+    def alive(self) -> bool:
+        return not self._stopped
 
     # ── what callers ask, from any thread ──
 
@@ -183,6 +190,14 @@ class EmulatedEngine:
     # ── steps, on the driver's thread ──
 
     def _turn(self) -> None:
+        try:
+            self._next_step()
+        except Exception:
+            # The books of blocks and requests may be wrong now: end, and let the requests be served elsewhere.
+            log.exception("the emulated engine of %s ends", self.model)
+            self.stop()
+
+    def _next_step(self) -> None:
         """The step under way is over: say what it made, and begin the next."""
         with self._lock:
             if self._stopped:
@@ -358,7 +373,11 @@ class EmulatedEngine:
         for call in later:
             call()
         if said or events:
-            self._sink(StepOutput(tokens=said, kv_events=events))
+            try:
+                self._sink(StepOutput(tokens=said, kv_events=events))
+            except Exception:
+                # The next step is due all the same.
+                log.exception("the sink refused %d tokens", len(said))
 
     # ── requests on their way in ──
 

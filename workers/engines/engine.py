@@ -127,6 +127,10 @@ class Engine(Protocol):
     performance: PerformanceModel
     """As paced, or as measured by `warm`."""
 
+    @property
+    def alive(self) -> bool:
+        """False once it has ended, by `stop` or by a fault of its own: it serves nothing any more."""
+
     def start(self, sink: Sink) -> None:
         """Load weights, reserve the pool, start stepping. Raises InvalidModel or InvalidConfig, leaving nothing behind."""
 

@@ -154,6 +154,10 @@ class TorchEngine:
             self._fail_everything()
         self._model = self._kv = None
 
+    @property
+    def alive(self) -> bool:
+        return not self._stopped.is_set()
+
     # Calls, from any thread.
 
     def submit(self, submission: Submission) -> None:
@@ -259,7 +263,7 @@ class TorchEngine:
             self._power_w = self.performance.power_w(*shape)
             self._settle(works, drawn, now_s)
 
-    def _forward(self, works: list[Work], spans: list[Span]) -> list[Drawn]:
+    def _forward(self, works: list[Work], spans: list[Span]) -> list[Drawn | None]:
         """Tokens for the works that reach the end of their sequence, in order."""
         ids: list[int] = []
         for work in works:
@@ -292,16 +296,21 @@ class TorchEngine:
         )
         return output.logits[0].float()
 
-    def _settle(self, works: list[Work], drawn: list[Drawn], now_s: float) -> None:
+    def _settle(self, works: list[Work], drawn: list[Drawn | None], now_s: float) -> None:
         tokens = iter(drawn)
         for work in works:
             sequence = work.sequence
             ending = work.count == sequence.missing
+            token = next(tokens) if ending else None
+            if ending and token is None:
+                place = f"token {len(sequence.generated)} of request {sequence.request.request_id}"
+                self._fail(sequence, f"{self._namespace.model} computes no finite logits for {place}", retry=False)
+                continue
             self._scheduler.computed(work)
             if sequence.export is not None:
                 sequence.export.sent_until(sequence.computed)
-            if ending:
-                self._take(sequence, sequence.append(next(tokens), now_s))
+            if token is not None:
+                self._take(sequence, sequence.append(token, now_s))
             elif sequence.export is not None and sequence.export.failure is not None:
                 self._fail(sequence, sequence.export.failure)
 
@@ -337,6 +346,9 @@ class TorchEngine:
                 if not self.step():
                     with self._lock:
                         self._changed.wait_for(lambda: self._anything_new)
+        except Exception:
+            # The books of blocks and requests may be wrong now: end, and let the requests be served elsewhere.
+            log.exception("the engine of %s ends", self._namespace.model)
         finally:
             self._stopped.set()
             self._fail_everything()
@@ -479,6 +491,8 @@ class TorchEngine:
             self._register(sequence)
             sequence.take(blocks)
             sequence.shared_blocks = found
+            if filled := state.kv_tokens % self._pool.block_tokens:
+                self._kv.blank(blocks[state.kv_tokens // self._pool.block_tokens], filled)
             self._scheduler.reserved -= 1
             self._scheduler.adopt(sequence)
             self._scheduler.computed(Work(sequence, state.kv_tokens))

@@ -32,7 +32,6 @@ class SamplerState:
     ) -> None:
         self.params = params
         self.position = len(generated)
-        self.plain = params.greedy and params.logprobs is None
         self._counts = self._seen = self._ends = None
         if params.presence_penalty or params.frequency_penalty:
             self._counts = torch.bincount(torch.tensor(generated, dtype=torch.int64), minlength=vocabulary).float()
@@ -73,24 +72,26 @@ class SamplerState:
             row[self._ends.to(row.device)] = -torch.inf
 
 
-def draw(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Drawn]:
-    """One token a row. logits: float32 [rows, vocabulary], left as they are. The states are not advanced."""
+def draw(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Drawn | None]:
+    """One token a row, None where the row's largest logit is no finite number.
+
+    logits: float32 [rows, vocabulary], left as they are. The states are not advanced.
+    """
     adjusted = logits
     if any(state.adjusts for state in states):
         adjusted = logits.clone()
         for row, state in zip(adjusted, states, strict=True):
             if state.adjusts:
                 state.adjust(row)
-    chosen = adjusted.argmax(dim=-1).tolist()
-    if all(state.plain for state in states):
-        return [Drawn(token_id, None, ()) for token_id in chosen]
-
-    sampled = [index for index, state in enumerate(states) if not state.params.greedy]
+    largest, likeliest = adjusted.max(dim=-1)  # NaN is larger than any number.
+    finite, chosen = largest.isfinite().tolist(), likeliest.tolist()
+    sampled = [index for index, state in enumerate(states) if finite[index] and not state.params.greedy]
     if sampled:
-        drawn = _sample(adjusted[sampled].double(), [states[index] for index in sampled])
-        for index, token_id in zip(sampled, drawn, strict=True):
+        token_ids = _sample(adjusted[sampled].double(), [states[index] for index in sampled])
+        for index, token_id in zip(sampled, token_ids, strict=True):
             chosen[index] = token_id
-    return _with_logprobs(logits, states, chosen)
+    drawn = _with_logprobs(logits, states, chosen)
+    return [each if sound else None for each, sound in zip(drawn, finite, strict=True)]
 
 
 def uniform(seed: int, position: int) -> float:
