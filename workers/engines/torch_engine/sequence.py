@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cluster.handoff import Token, TopLogprob
-from cluster.kv import KvNamespace, block_hashes, blocks_for
+from cluster.kv import KvNamespace, block_hashes, blocks_for, next_block_hash
 from cluster.request import Request
 from workers.engines.detokenizer import Detokenizer
 from workers.engines.torch_engine.attention import Span
@@ -81,8 +81,12 @@ class Sequence:
     @property
     def digests(self) -> list[int]:
         """Prefix hashes of all full blocks."""
-        if len(self._digests) < len(self.tokens) // self._namespace.block_tokens:
+        size = self._namespace.block_tokens
+        if not self._digests:
             self._digests = block_hashes(self.tokens, self._namespace)
+        while (start := len(self._digests) * size) + size <= len(self.tokens):
+            parent = self._digests[-1] if self._digests else self._namespace.root()
+            self._digests.append(next_block_hash(parent, self.tokens[start : start + size]))
         return self._digests
 
     def take(self, blocks: list[int]) -> None:
