@@ -72,7 +72,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     arrival_s: float = 0.0
     """Unix time at the gateway."""
     deadline_s: float | None = None
-    """Unix time after which nobody wants the first token; None waits for ever."""
+    """Unix time after which nobody wants the first token: what has not generated it then is ended. None waits for ever."""
     salt: str = ""
     """Keeps this tenant's KV blocks apart from others' (`cluster.kv.KvNamespace`)."""
 

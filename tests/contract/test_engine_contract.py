@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -170,6 +172,27 @@ def test_counters_agree_with_what_was_asked_and_told(started):
     assert load.prompt_tokens + load.cached_tokens == 33 + 34 + 35
     assert load.steps >= 12
     assert load.preemptions == 0
+
+
+def test_what_is_past_its_deadline_is_not_begun_and_what_has_begun_goes_on(started):
+    engine, heard = started()
+    whole = asked("whole")
+    engine.submit(whole)
+    tokens = [token.token_id for token in heard.finished("whole")]
+    past = msgspec.structs.replace(whole.request, deadline_s=time.time() - 5.0)
+    computed = engine.load().prompt_tokens
+    carrier = Carrier()
+    engine.submit(Submission(request=msgspec.structs.replace(past, request_id="late")))
+    [token] = heard.finished("late")
+    assert (token.finish, token.retry) == ("error", False)
+    assert "request late is 5." in token.error
+    engine.prefill(Submission(request=msgspec.structs.replace(past, request_id="late")), 0, carrier)
+    assert carrier.ended.wait(WAIT_S)
+    assert "past its deadline" in carrier.failure[0]
+    assert not carrier.failure[1]
+    assert engine.load().prompt_tokens == computed
+    engine.submit(Submission(request=msgspec.structs.replace(past, request_id="rest"), attempt=1, generated=tuple(tokens[:5])))
+    assert [token.token_id for token in heard.finished("rest")] == tokens[5:]
 
 
 def test_what_cannot_fit_is_refused_with_the_bound(started):

@@ -211,6 +211,7 @@ class EmulatedEngine:
                     start_s = step.end_s
                 elif step.lasting_s > 0.0:
                     self._overruns += 1
+            self._end_late(now_s)
             self._step = step = self._plan(start_s)
             self._awake = step is not None
         self._flush()
@@ -240,6 +241,11 @@ class EmulatedEngine:
         )
         lasting_s = self.performance.step_time_s(*features)
         return _Step(decodes, chunks, lasting_s, now_s + lasting_s, self.performance.power_w(*features))
+
+    def _end_late(self, now_s: float) -> None:
+        for sequence in [each for each in (*self._prefilling, *self._waiting) if each.late(now_s)]:
+            late_s = now_s - sequence.due_s
+            self._fail(sequence, f"request {sequence.key[0]} is {late_s:.1f} s past its deadline", retry=False)
 
     def _room(self) -> bool:
         return len(self._decoding) + len(self._prefilling) + self._reserved < self._places

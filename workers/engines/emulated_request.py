@@ -15,7 +15,7 @@ from cluster.kv import KvNamespace, block_hashes, next_block_hash
 from cluster.request import Request
 from workers.engines.detokenizer import MAX_TOKENIZERS, Detokenizer, token_table
 from workers.engines.emulated_kv import Sender
-from workers.engines.engine import Submission
+from workers.engines.engine import Submission, due_s
 
 DRAWN_AHEAD = 64  # Tokens drawn at once: one call of numpy instead of 64.
 
@@ -56,6 +56,7 @@ class Sequence:
         """Where its KV goes, if it is decoded elsewhere."""
         self.detokenizer = Detokenizer(vocabulary.tokenizer, request.sampling, frozenset(), submission.generated)
         self.queued_s = now_s
+        self.due_s = due_s(request, submission.generated, now_s)
         self.started_s: float | None = None
         self.cached_tokens: int | None = None
         self.first_said = False
@@ -100,6 +101,10 @@ class Sequence:
             finish=finish,
             stop_reason=stop_reason,
         )
+
+    def late(self, now_s: float) -> bool:
+        """It has generated nothing, and nobody wants its first token any more."""
+        return self.due_s <= now_s and len(self.tokens) == self.prompt_tokens
 
     def ended(self, finish: str, *, error: str | None, retry: bool) -> Token:
         """The word that it ends without another token."""

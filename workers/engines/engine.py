@@ -11,7 +11,9 @@ and takes them with the request that decodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -85,6 +87,16 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Sink = Callable[[StepOutput], None]
+
+
+def due_s(request: Request, generated: Sequence[int], now_s: float) -> float:
+    """When, on the clock that shows `now_s`, nobody wants the request's first token any more; inf where somebody always does.
+
+    An engine ends a request then, if it has not generated anything yet.
+    """
+    if request.deadline_s is None or generated:
+        return math.inf
+    return now_s + request.deadline_s - time.time()
 
 
 class KvExport(Protocol):

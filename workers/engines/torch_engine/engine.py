@@ -237,6 +237,7 @@ class TorchEngine:
                 commands, self._commands = self._commands, []
                 for command in commands:
                     command()
+                self._end_late(began_s)
                 works = self._scheduler.plan(began_s)
             if works:
                 self._compute(works, began_s)
@@ -393,6 +394,11 @@ class TorchEngine:
         for key, sequence in list(self._sequences.items()):
             if key[0] == request_id and attempt in (None, key[1]):
                 self._fail(sequence, "aborted", finish="abort", retry=False)
+
+    def _end_late(self, now_s: float) -> None:
+        for sequence in [each for each in (*self._scheduler.running, *self._scheduler.waiting) if each.late(now_s)]:
+            late_s = now_s - sequence.due_s
+            self._fail(sequence, f"request {sequence.request.request_id} is {late_s:.1f} s past its deadline", retry=False)
 
     def _hand_over_running(self, request_id: str, attempt: int, export: PromptExport) -> None:
         sequence = self._sequences.get((request_id, attempt))
