@@ -52,6 +52,7 @@ REPLICA_METRICS = (
     Metric("mobula_replica_running", "gauge", "Requests decoding.", ("replica", "role")),
     Metric("mobula_replica_waiting", "gauge", "Requests whose prompt is not finished.", ("replica", "role")),
     Metric("mobula_replica_kv_blocks_used", "gauge", "KV blocks held by requests.", ("replica", "role")),
+    Metric("mobula_replica_kv_blocks_cached", "gauge", "KV blocks nobody holds and others may share.", ("replica", "role")),
     Metric("mobula_replica_kv_blocks", "gauge", "KV blocks in the pool.", ("replica", "role")),
     Metric("mobula_replica_power_watts", "gauge", "Power drawn or emulated.", ("replica", "role")),
     Metric("mobula_replica_steps_total", "counter", "Engine steps.", ("replica", "role")),

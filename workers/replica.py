@@ -52,6 +52,11 @@ class HostedReplica:
         """Whether a request or a pull still needs this replica."""
         return bool(self._owners) or (self.prefill is not None and self.prefill.busy)
 
+    @property
+    def pulling(self) -> int:
+        """Requests whose KV is on its way here."""
+        return self.decode.pulling if self.decode is not None else 0
+
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Load the engine. Blocks; any thread. What the engine says from now on goes to `loop`."""
         self._loop = loop
@@ -161,7 +166,7 @@ class HostedReplica:
             at_s=now_s,
             phase=self.phase,
             running=load.running,
-            waiting=load.waiting + (self.decode.pulling if self.decode else 0),
+            waiting=load.waiting + self.pulling,
             waiting_tokens=load.waiting_tokens,
             kv_tokens=load.kv_tokens,
             kv_blocks_used=load.kv_blocks_used,

@@ -2,8 +2,9 @@
 
 What it generates is no language: tokens are a function of prompt, seed and position, the same on every replica, so that a
 stream resumed elsewhere goes on token for token. They come from the whole vocabulary but special tokens, so a request runs to
-`max_tokens` unless its own stop strings or stop token ids end it. Sampling parameters but the seed change nothing. KV that it
-sends has the right shape and size, and zeros inside.
+`max_tokens` unless its own stop strings or stop token ids end it. Sampling parameters but the seed change nothing, penalties
+among them; log-probabilities, which a client would read, are refused. KV that it sends has the right shape and size, and zeros
+inside.
 
 Batching is that of the torch engine: every decoding request first, then prompts in chunks, within a budget of tokens a step
 (Sarathi-Serve, OSDI'24); without a free block the newest request of the lowest priority goes back to be computed again.
@@ -38,7 +39,7 @@ SMOOTHING = 1 / 16  # Weight of the newest step in the mean step time.
 class EmulatedEngine:
     """Implements `workers.engines.engine.Engine`. Runs on `driver`, which many engines share.
 
-    tokenizer_path: a tokenizer.json. Without one token 17 reads " 17".
+    tokenizer_path: a tokenizer.json; its ids are taken even where they are above `vocabulary`. Without one token 17 reads " 17".
     layout: without one it neither exports nor imports KV.
     """
 
@@ -66,20 +67,19 @@ class EmulatedEngine:
             live_export=layout is not None,
             block_events=True,
             logprobs=False,
-            penalties=False,
         )
+        self._vocabulary = Vocabulary(vocabulary, tokenizer_path)
         self.limits = EngineLimits(
             context_tokens=context_tokens,
             kv_blocks=kv_blocks,
             block_tokens=block_tokens,
             max_running=max_running,
             step_budget_tokens=step_budget_tokens,
-            vocabulary=vocabulary,
+            vocabulary=self._vocabulary.size,
         )
         self.model = model
         dtype = layout.dtype if layout else "float32"
         self._namespace = KvNamespace(model=model, revision=revision, dtype=dtype, block_tokens=block_tokens)
-        self._vocabulary = Vocabulary(vocabulary, tokenizer_path)
         self._driver = driver
         self._lock = threading.Lock()
         self._pool = BlockPool(kv_blocks, block_tokens)
@@ -430,8 +430,6 @@ class EmulatedEngine:
             )
         if sampling.logprobs is not None:
             raise InvalidRequest(f"{self.model} is emulated: it has no log-probabilities", param="logprobs")
-        if sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0:
-            raise InvalidRequest(f"{self.model} is emulated: it has no probabilities to penalise", param="presence_penalty")
 
     def _enqueue(self, sequence: Sequence) -> None:
         with self._lock:

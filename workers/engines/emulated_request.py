@@ -27,9 +27,9 @@ class Vocabulary:
     """
 
     def __init__(self, size: int, tokenizer_path: str | None) -> None:
-        self.size = size
         self.tokenizer = _tokenizer(tokenizer_path) if tokenizer_path else _numbers(size)
-        self.drawable = _drawable(self.tokenizer, size)
+        self.size = max(size, 1 + max(self.tokenizer.get_vocab().values()))
+        self.drawable = _drawable(self.tokenizer)
 
 
 class Sequence:
@@ -150,9 +150,9 @@ def _draw(key: int, first: int, ids: np.ndarray) -> list[int]:
 
 
 @lru_cache(maxsize=MAX_TOKENIZERS)
-def _drawable(tokenizer: Tokenizer, vocabulary: int) -> np.ndarray:
+def _drawable(tokenizer: Tokenizer) -> np.ndarray:
     """Ids that may be generated: all but special ones, which could end a text."""
-    return np.array(sorted(token_id for token_id in token_table(tokenizer).shown if token_id < vocabulary), dtype=np.int64)
+    return np.array(sorted(token_table(tokenizer).shown), dtype=np.int64)
 
 
 @lru_cache(maxsize=MAX_TOKENIZERS)

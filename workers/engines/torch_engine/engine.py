@@ -49,9 +49,7 @@ WARM_ROUNDS = 3
 class TorchEngine:
     """`Engine` over a `transformers` checkpoint directory. Limits and layout are known after `start`."""
 
-    capabilities = EngineCapabilities(
-        kv_blocks=True, transfer_params=False, live_export=True, block_events=True, logprobs=True, penalties=True
-    )
+    capabilities = EngineCapabilities(kv_blocks=True, transfer_params=False, live_export=True, block_events=True, logprobs=True)
     limits: EngineLimits
     layout: KvLayout | None = None
 
