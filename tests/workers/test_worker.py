@@ -249,6 +249,21 @@ async def test_metrics_count_a_request_whose_kv_is_on_its_way_as_waiting(fleet):
     assert 'mobula_replica_waiting{replica="decode-d-0",role="decode"} 0.0' in await scrape(worker)
 
 
+async def test_one_worker_hosts_300_replicas_each_with_its_id_and_metrics(fleet):
+    worker = await fleet.worker("w", *[Role.MIXED] * 300)
+    names = [f"mixed-w-{i}" for i in range(300)]
+    assert fleet.registry.phases == dict.fromkeys(names, Phase.READY)
+    link = await fleet.link(names[0])
+    for i, name in enumerate(names):
+        link.submit(name, replica_id=name, tokens=1 + i % 4)
+    ended = 0
+    while ended < 300:
+        ended += sum(token.finish is not None for token in (await link.next(Tokens)).tokens)
+    metrics = await scrape(worker)
+    for i, name in enumerate(names):
+        assert f'mobula_replica_output_tokens_total{{replica="{name}",role="mixed"}} {1 + i % 4}.0' in metrics
+
+
 async def test_metrics_tell_what_a_finished_request_left_to_share(fleet):
     worker = await fleet.worker("m", Role.MIXED)
     link = await fleet.link("mixed-m-0")

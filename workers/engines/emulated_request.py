@@ -28,7 +28,7 @@ class Vocabulary:
 
     def __init__(self, size: int, tokenizer_path: str | None) -> None:
         self.tokenizer = _tokenizer(tokenizer_path) if tokenizer_path else _numbers(size)
-        self.size = max(size, 1 + max(self.tokenizer.get_vocab().values()))
+        self.size = max(size, token_table(self.tokenizer).size)
         self.drawable = _drawable(self.tokenizer)
 
 
