@@ -4,9 +4,6 @@ Both run the same random 5M-parameter dense model in one process on as many thre
 median over rounds, so that whatever else the machine does falls on both. The bare loop keeps a DynamicCache and does nothing but
 forward and argmax: no scheduling, no blocks, no text. In the ragged case it pads every sequence on the left to the longest, as
 `generate` does. Where `vllm` can be imported (its CPU build), it runs the same cases afterwards.
-
-Paced: replicas in a process each, decoding a batch of PACED_BATCH as PACE says. Capacity is all their tokens/s over those of one;
-a step's length is the mean over the emulated one, and a step overruns that takes longer than it by itself.
 """
 
 from __future__ import annotations
@@ -14,13 +11,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,9 +25,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from cluster.fleet import Pace
 from cluster.request import Request, SamplingParams
-from workers.build_engine import performance_of
 from workers.engines.engine import StepOutput, Submission
 from workers.engines.torch_engine.engine import TorchEngine
 
@@ -43,11 +36,6 @@ STEPS = 32
 ROUNDS = 5
 RAGGED = [64 + (960 * i * i) // 225 for i in range(16)]  # 64 to 1,024 tokens, most of them short, as in chats.
 BARS = {"decode_ratio_b1": 0.9, "decode_ratio_b8": 0.9, "decode_ratio_b16": 0.9, "prefill_ratio": 0.9, "ragged_ratio_b16": 1.3}
-
-PACE = Pace(shape="llama-3.1-70b", accelerator="a100-80g", tensor_parallel=4)
-PACED_BATCH = 4
-PACED_STEPS = 200
-PACED_REPLICAS = (1, 2, 3)
 
 CONFIG = LlamaConfig(
     vocab_size=4096,
@@ -205,70 +193,23 @@ class Vllm:
         self._engine.add_request(str(self._requests), {"prompt_token_ids": _prompts(1, prompt)[0].tolist()}, params)
 
 
-def _replica(path: Path, parent: Connection) -> None:
-    """A paced replica: says that it is ready, runs at a word, says seconds, overruns and seconds as emulated."""
-    engine = Engine(path, pace=performance_of(PACE))
-    engine.decode_s([CONTEXT] * PACED_BATCH)
-    for i in range(PACED_BATCH):
-        engine.submit(f"p{i}", CONTEXT, PACED_STEPS + 1)
-    engine.step()
-    overruns = engine.engine.load().overrun_steps
-    parent.send("ready")
-    parent.recv()
-    began_s = time.perf_counter()
-    for _ in range(PACED_STEPS):
-        engine.step()
-    lasted_s = time.perf_counter() - began_s
-    emulated_s = engine.engine.performance.decode_span_s(PACED_BATCH, PACED_BATCH * (CONTEXT + 1), PACED_STEPS)
-    parent.send((lasted_s, engine.engine.load().overrun_steps - overruns, emulated_s))
-
-
-def _paced(path: Path, replicas: int) -> tuple[float, float, float]:
-    """Tokens/s of all, a step's mean length over the emulated one, and the share of overruns."""
-    context = multiprocessing.get_context("spawn")
-    pipes: list[Connection] = []
-    processes = []
-    for _ in range(replicas):
-        ours, theirs = context.Pipe()
-        processes.append(context.Process(target=_replica, args=(path, theirs), daemon=True))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
-    for pipe in pipes:
-        pipe.recv()
-    for pipe in pipes:
-        pipe.send("go")
-    told = [pipe.recv() for pipe in pipes]
-    for process in processes:
-        process.join()
-    tokens_s = sum(PACED_BATCH * PACED_STEPS / lasted_s for lasted_s, _, _ in told)
-    length = statistics.fmean(lasted_s / emulated_s for lasted_s, _, emulated_s in told)
-    return tokens_s, length, sum(overruns for _, overruns, _ in told) / (replicas * PACED_STEPS)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
-        path = _checkpoint(Path(folder))
+        path = checkpoint(Path(folder))
         bare, engine = Bare(path), Engine(path)
         torch.set_num_threads(THREADS)
         rows = {key: _compare(tokens, measure, bare, engine) for key, (tokens, measure) in CASES.items()}
-        paced = {replicas: _paced(path, replicas) for replicas in PACED_REPLICAS}
         vllm_tokens_s = _vllm_tokens_s(path) if importlib.util.find_spec("vllm") is not None else {}
-    _print(rows, paced, vllm_tokens_s)
+    _print(rows, vllm_tokens_s)
     if arguments.json:
         figures = {key: round(row[2], 3) for key, row in rows.items()}
         speeds = {key.replace("_ratio", "_tokens_per_s"): round(row[1], 1) for key, row in rows.items()}
         beside = {f"vllm_{key.replace('_ratio', '_tokens_per_s')}": round(speed, 1) for key, speed in vllm_tokens_s.items()}
-        capacities = {
-            f"paced_{what}_{replicas}": round(value, 3)
-            for replicas, (tokens_s, length, overruns) in paced.items()
-            for what, value in (("capacity", tokens_s / paced[1][0]), ("step_length", length), ("overrun_share", overruns))
-        }
-        print(json.dumps(figures | speeds | capacities | beside))
+        print(json.dumps(figures | speeds | beside))
 
 
 def _decoding(contexts: Sequence[int]) -> Callable[[Runner], float]:
@@ -299,23 +240,14 @@ def _vllm_tokens_s(path: Path) -> dict[str, float]:
     return speeds
 
 
-def _print(
-    rows: dict[str, tuple[float, float, float]], paced: dict[int, tuple[float, float, float]], vllm_tokens_s: dict[str, float]
-) -> None:
+def _print(rows: dict[str, tuple[float, float, float]], vllm_tokens_s: dict[str, float]) -> None:
     table = Table(title=f"torch engine against a bare transformers loop, {THREADS} thread, float32")
     for column in ("", "bare tokens/s", "engine tokens/s", "ratio", "bar", "vLLM tokens/s"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
     for key, (bare, engine, ratio) in rows.items():
         beside = f"{vllm_tokens_s[key]:,.0f}" if vllm_tokens_s else "not installed"
         table.add_row(key, f"{bare:,.0f}", f"{engine:,.0f}", f"{ratio:.2f}", f"{BARS[key]:.1f}", beside)
-    many = Table(title=f"paced as {PACE.shape} on {PACE.tensor_parallel} {PACE.accelerator}, batch {PACED_BATCH} each")
-    for column in ("replicas", "tokens/s", "of one", "step over emulated", "overruns"):
-        many.add_column(column, justify="right")
-    for replicas, (tokens_s, length, overruns) in paced.items():
-        many.add_row(f"{replicas}", f"{tokens_s:,.0f}", f"{tokens_s / paced[1][0]:.2f}", f"{length:.3f}", f"{overruns:.1%}")
-    console = Console()
-    console.print(table)
-    console.print(many)
+    Console().print(table)
 
 
 def _prompts(rows: int, length: int) -> torch.Tensor:
@@ -323,7 +255,7 @@ def _prompts(rows: int, length: int) -> torch.Tensor:
     return torch.randint(0, 256, (rows, length), generator=generator)
 
 
-def _checkpoint(path: Path) -> Path:
+def checkpoint(path: Path) -> Path:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(CONFIG).save_pretrained(path)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -239,6 +239,8 @@ class TorchEngine:
                 works = self._scheduler.plan(began_s)
             if works:
                 self._compute(works, began_s)
+            elif self._pacer is not None:
+                self._pacer.rest()
             return self._tell() or bool(works)
 
     def _compute(self, works: list[Work], began_s: float) -> None:
