@@ -40,6 +40,8 @@ class HostedReplica:
         self._sequences: dict[str, int] = {}
         self._owners: dict[tuple[str, int], str] = {}
         self._said: deque[StepOutput] = deque()
+        self._flushing = False
+        """A flush is asked for and has not begun."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reports = 0
 
@@ -117,13 +119,14 @@ class HostedReplica:
     # What the engine says
 
     def _sink(self, output: StepOutput) -> None:
-        """The engine's thread. One callback is under way while the queue is not empty."""
-        idle = not self._said
+        """The engine's thread."""
         self._said.append(output)
-        if idle and self._loop is not None and not self._loop.is_closed():
+        if not self._flushing and self._loop is not None and not self._loop.is_closed():
+            self._flushing = True
             self._loop.call_soon_threadsafe(self._flush)
 
     def _flush(self) -> None:
+        self._flushing = False  # Before the queue is emptied: what is said from here on asks for another flush.
         while self._said:
             output = self._said.popleft()
             self._send_tokens(output.tokens)
