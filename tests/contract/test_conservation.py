@@ -14,12 +14,68 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cluster.errors import Overloaded
 from cluster.handoff import RequestState
+from cluster.kv import KvLayout
+from cluster.performance import PerformanceModel
 from cluster.request import Request
 from tests.workers.torch_engine.tiny import CONFIGS, Stepped, prompt, request, save_model
-from workers.engines.engine import KvImport, Submission
+from workers.engines.emulated import EmulatedEngine
+from workers.engines.engine import KvImport, StepOutput, Submission
+from workers.engines.step_driver import ManualDriver
+from workers.engines.torch_engine.block_pool import BlockPool
 
 TIGHT = {"kv_blocks": 14, "block_tokens": 4, "max_running": 4, "step_budget_tokens": 9}
 STEM = prompt(24)
+
+
+class Torch(Stepped):
+    """The torch engine, stepped by the test."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(model(), **options)
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def books(self) -> tuple[BlockPool, list[list[int]], int]:
+        """The pool, the blocks of each request that runs, and the places kept for reservations."""
+        scheduler = self.engine._scheduler
+        assert not any(sequence.blocks for sequence in scheduler.waiting)
+        return self.engine._pool, [sequence.blocks for sequence in scheduler.running], scheduler.reserved
+
+
+class Emulated:
+    """The emulated engine, its time passing only in steps."""
+
+    def __init__(self, **options: object) -> None:
+        self.outputs: list[StepOutput] = []
+        self.driver = ManualDriver()
+        self.engine = EmulatedEngine(
+            model="tiny",
+            performance=PerformanceModel(step_s=1.0, prefill_token_s=0.0),
+            context_tokens=4096,
+            vocabulary=300,
+            layout=KvLayout(layers=2, kv_heads=1, head_dim=2, block_tokens=4),
+            driver=self.driver,
+            **{"kv_blocks": 256, **options},
+        )
+        self.engine.start(self.outputs.append)
+
+    tokens = Stepped.tokens
+    of, ids, submit, generate = Stepped.of, Stepped.ids, Stepped.submit, Stepped.generate
+
+    def step(self) -> None:
+        self.driver.advance(1.0)
+
+    def drain(self) -> None:
+        self.driver.drain()
+
+    def books(self) -> tuple[BlockPool, list[list[int]], int]:
+        engine = self.engine
+        assert not any(sequence.blocks for sequence in engine._waiting)
+        return engine._pool, [each.blocks for each in (*engine._decoding, *engine._prefilling)], engine._reserved
+
+
+KINDS = {"torch": Torch, "emulated": Emulated}
 
 lengths = st.integers(1, 24)
 engines = st.integers(0, 1)
@@ -32,9 +88,9 @@ def model() -> Path:
 
 
 @cache
-def alone(tokens: tuple[int, ...], max_tokens: int) -> list[int]:
-    """What the model says to a prompt."""
-    return Stepped(model(), block_tokens=4).generate(request(list(tokens), max_tokens))[0]
+def alone(kind: str, tokens: tuple[int, ...], max_tokens: int) -> list[int]:
+    """What such an engine says to a prompt."""
+    return KINDS[kind](block_tokens=4).generate(request(list(tokens), max_tokens))[0]
 
 
 class Moving:
@@ -59,9 +115,11 @@ class Moving:
 class Conservation(RuleBasedStateMachine):
     """Two engines with too few blocks. Prompts begin alike, so that prefixes are shared; each attempt has its own number."""
 
+    kind: str
+
     def __init__(self) -> None:
         super().__init__()
-        self.engines = [Stepped(model(), **TIGHT), Stepped(model(), **TIGHT)]
+        self.engines = [KINDS[self.kind](**TIGHT) for _ in range(2)]
         self.asked: dict[str, Request] = {}
         self.attempts = 0
         self.live: list[tuple[int, str, int]] = []
@@ -74,6 +132,9 @@ class Conservation(RuleBasedStateMachine):
         asked = request(tokens, max_tokens, request_id=f"r{len(self.asked)}", priority=priority)
         self.asked[asked.request_id] = asked
         return asked
+
+    def alone(self, asked: Request) -> list[int]:
+        return alone(self.kind, asked.prompt, asked.sampling.max_tokens)
 
     def next_attempt(self) -> int:
         self.attempts += 1
@@ -101,7 +162,7 @@ class Conservation(RuleBasedStateMachine):
     @rule(where=engines, steps=st.integers(1, 8))
     def step(self, where: int, steps: int) -> None:
         for _ in range(steps):
-            self.engines[where].engine.step()
+            self.engines[where].step()
 
     @rule(which=pick)
     def abort(self, which: int) -> None:
@@ -117,7 +178,7 @@ class Conservation(RuleBasedStateMachine):
         where, request_id, attempt = self.live[which % len(self.live)]
         moving = Moving(self.asked[request_id], attempt)
         self.engines[where].engine.export_running(request_id, attempt, moving)
-        self.engines[where].engine.step()
+        self.engines[where].step()
         assert moving.failed == (moving.state is None)
         if moving.state is not None:
             assert list(moving.state.generated) == self.said(request_id)
@@ -164,14 +225,14 @@ class Conservation(RuleBasedStateMachine):
     @invariant()
     def every_block_is_held_by_those_who_know(self) -> None:
         for where, each in enumerate(self.engines):
-            scheduler, pool = each.engine._scheduler, each.engine._pool
-            holders = Counter(block for sequence in scheduler.running for block in sequence.blocks)
-            holders.update(block for place, reservation in self.reserved if place == where for block in reservation._blocks)
-            assert +pool._holders == holders
-            assert pool.used == len(holders)
-            assert not any(sequence.blocks for sequence in scheduler.waiting)
-            assert scheduler.reserved == sum(place == where for place, _ in self.reserved)
-            assert len(scheduler.running) + scheduler.reserved <= TIGHT["max_running"]
+            pool, running, reserved = each.books()
+            assert reserved == sum(place == where for place, _ in self.reserved)
+            assert len(running) + reserved <= TIGHT["max_running"]
+            holders = Counter(block for blocks in running for block in blocks)
+            assert pool.used == len(+pool._holders)
+            assert holders <= pool._holders
+            if not reserved:
+                assert holders == +pool._holders
 
     def teardown(self) -> None:
         for _, place in self.reserved:
@@ -183,12 +244,21 @@ class Conservation(RuleBasedStateMachine):
         for where, request_id, attempt in self.live:
             tokens = [token for token in self.engines[where].of(request_id) if token.attempt == attempt]
             assert [token.finish is not None for token in tokens] == [False] * (len(tokens) - 1) + [True]
-            expected, said = alone(self.asked[request_id].prompt, self.asked[request_id].sampling.max_tokens), self.said(request_id)
+            expected, said = self.alone(self.asked[request_id]), self.said(request_id)
             assert said == (expected[: len(said)] if tokens[-1].finish == "abort" else expected)
         assert all(each.state is not None or each.failed for each in self.moving)
         for each in self.engines:
             each.engine.stop()
 
 
-TestConservation = Conservation.TestCase
-TestConservation.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+class TorchConservation(Conservation):
+    kind = "torch"
+
+
+class EmulatedConservation(Conservation):
+    kind = "emulated"
+
+
+TestTorch, TestEmulated = TorchConservation.TestCase, EmulatedConservation.TestCase
+TestTorch.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+TestEmulated.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
