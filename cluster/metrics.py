@@ -56,7 +56,12 @@ REPLICA_METRICS = (
     Metric("mobula_replica_kv_blocks", "gauge", "KV blocks in the pool.", ("replica", "role")),
     Metric("mobula_replica_power_watts", "gauge", "Power drawn or emulated.", ("replica", "role")),
     Metric("mobula_replica_steps_total", "counter", "Engine steps.", ("replica", "role")),
-    Metric("mobula_replica_overrun_steps_total", "counter", "Paced steps longer than emulated.", ("replica", "role")),
+    Metric(
+        "mobula_replica_overrun_steps_total",
+        "counter",
+        "Paced steps longer than emulated; where all is emulated, those a whole step late.",
+        ("replica", "role"),
+    ),
     Metric("mobula_replica_prompt_tokens_total", "counter", "Prompt tokens computed.", ("replica", "role")),
     Metric("mobula_replica_cached_tokens_total", "counter", "Prompt tokens found cached.", ("replica", "role")),
     Metric("mobula_replica_output_tokens_total", "counter", "Tokens generated.", ("replica", "role")),

@@ -183,6 +183,28 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(stepped, m
     assert engine.engine.load().kv_blocks_used == 0
 
 
+def test_a_request_that_breaks_a_step_breaks_no_neighbour(stepped, monkeypatch):
+    engine, poison = stepped(), 293
+    logits = engine.engine._logits
+
+    def breaking(ids, *rest):
+        if poison in ids:
+            raise MemoryError("too much")
+        return logits(ids, *rest)
+
+    monkeypatch.setattr(engine.engine, "_logits", breaking)
+    decoding, beside, broken = request(prompt(20), 12), request(prompt(30, seed=1), 12), request([1, poison, 2], 12)
+    engine.submit(decoding)
+    engine.engine.step()
+    engine.submit(broken, beside)
+    engine.drain()
+    [token] = engine.of(broken.request_id)
+    assert (token.finish, token.retry) == ("error", True)
+    assert "too much" in token.error
+    assert [engine.ids(decoding.request_id), engine.ids(beside.request_id)] == stepped().generate(decoding, beside)
+    assert engine.engine.load().kv_blocks_used == 0
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_end_their_own_request(temperature, stepped, monkeypatch):
     engine = stepped()

@@ -250,9 +250,13 @@ class TorchEngine:
             drawn = self._forward(works, spans)
         except Exception as error:
             log.exception("a step of %d sequences failed", len(works))
-            with self._lock:
+            if len(works) > 1:
+                # Whose fault it was fails alone; what the others have written is written again.
                 for work in works:
-                    self._fail(work.sequence, f"the engine's step failed: {error!r}")
+                    self._compute([work], began_s)
+                return
+            with self._lock:
+                self._fail(works[0].sequence, f"the engine's step failed: {error!r}")
             return
         if self._pacer is not None:
             self._pacer.hold(shape, began_s, self._stopped)
