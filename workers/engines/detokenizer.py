@@ -146,6 +146,7 @@ class StopStrings:
 class TokenTable:
     """Every token's bytes, made once for a tokenizer.
 
+    size: one above the largest token id.
     shown: by token id. Special tokens are not in it, nor are the ids with which models pad their vocabulary.
     strip: the space that the decoder takes off the front of a text, or "".
     """
@@ -163,9 +164,9 @@ class TokenTable:
         self._special = {
             token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
-        self.shown = {
-            token_id: to_bytes(token) for token, token_id in tokenizer.get_vocab().items() if token_id not in self._special
-        }
+        vocabulary = tokenizer.get_vocab()
+        self.size = 1 + max(vocabulary.values(), default=-1)
+        self.shown = {token_id: to_bytes(token) for token, token_id in vocabulary.items() if token_id not in self._special}
         self.strip = next((each["content"] for each in decoders if each["type"] == "Strip" and each["start"]), "")
 
     def text(self, token_id: int) -> str:
