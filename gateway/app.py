@@ -144,6 +144,7 @@ class Gateway:
         return self._generate(request, body, prompts, f"cmpl-{secrets.token_hex(12)}", CompletionShape)
 
     async def _body(self, request: Request, kind: type[Body]) -> Any:
+        request.state.arrival_s = time.time()
         request.state.key = self._key(request)
         _request_id(request)
         body = decode(await _read(request, self._spec.max_body_bytes), kind)
@@ -164,7 +165,7 @@ class Gateway:
         )
         choices, key = body.n or 1, request.state.key
         requests = [
-            self._request(f"{answer_id}-{row * choices + turn}", body, prompt, params, turn, key)
+            self._request(f"{answer_id}-{row * choices + turn}", request.state.arrival_s, body, prompt, params, turn, key)
             for row, prompt in enumerate(prompts)
             for turn in range(choices)
         ]
@@ -180,7 +181,9 @@ class Gateway:
             with_usage=with_usage,
         )
 
-    def _request(self, request_id: str, body: Any, prompt: list[int], params: Any, turn: int, key: Any) -> wire.Request:
+    def _request(
+        self, request_id: str, arrival_s: float, body: Any, prompt: list[int], params: Any, turn: int, key: Any
+    ) -> wire.Request:
         slo_class = body.slo_class or "default"
         if body.slo_class is not None and slo_class not in self._slos:
             raise InvalidRequest(f"slo_class {slo_class} is none of {', '.join(self._slos)}", param="slo_class")
@@ -193,7 +196,7 @@ class Gateway:
             tenant=ANONYMOUS if key is None else key.tenant,
             priority=body.priority or 0,
             slo_class=slo_class,
-            arrival_s=time.time(),
+            arrival_s=arrival_s,
             salt="" if key is None else key.tenant,
         )
 
@@ -226,8 +229,8 @@ class Gateway:
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """An error's answer."""
+        self._metrics.rejected(error)
         status, body, headers = error_answer(error)
-        self._metrics.rejected(getattr(error, "code", type(error).__name__))
         if status == 413:
             headers = {**headers, "connection": "close"}
         if request_id := getattr(request.state, "request_id", None):

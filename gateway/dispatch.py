@@ -122,8 +122,12 @@ class Dispatcher:
         await self._idle.wait()
 
     @property
+    def waiting(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    @property
     def in_flight(self) -> int:
-        return len(self._running) + sum(map(len, self._lines.values()))
+        return len(self._running) + self.waiting
 
     def ready(self, model: str | None = None) -> bool:
         """Whether a replica (of the model) is there to decode."""
@@ -140,17 +144,16 @@ class Dispatcher:
         return max(contexts)
 
     def submit(self, generation: Generation) -> None:
-        """Accept a generation, or raise Draining, Unreachable, Overloaded or InvalidRequest."""
-        request = generation.request
-        if self.draining:
-            raise Draining("the gateway is draining")
-        if not self.ready(request.model):
-            raise Unreachable(f"no replica of {request.model} is ready")
-        generation.ask = self._ask(generation)
-        line = self._line(request.model)
-        while not self._offered(generation, line):
-            pass  # The chosen worker's stream has just broken; it is suspect now, so this ends.
-        self._metrics.accepted(request.model, waiting=len(line))
+        """Accept a generation, or raise Draining, Unreachable, Overloaded or InvalidRequest: then it has ended, rejected."""
+        model = generation.request.model
+        self._metrics.arrived(model)
+        try:
+            self._accept(generation)
+        except MobulaError as failure:
+            generation.failure = failure
+            self._end(generation, "rejected")
+            raise
+        self._metrics.waiting(model, len(self._line(model)))
         self._idle.clear()
 
     def cancel(self, generation: Generation) -> None:
@@ -202,7 +205,8 @@ class Dispatcher:
     def _append(self, generation: Generation, token: Token, now_s: float) -> None:
         if token.times is not None:
             self._view.first_token(token.request_id, token.attempt, now_s)
-            generation.times, generation.cached_tokens = token.times, token.cached_tokens
+            if not generation.generated:  # A later attempt's prompt is longer, and explains no first token.
+                generation.times, generation.cached_tokens = token.times, token.cached_tokens
         if token.token_id is not None:
             generation.generated.append(token.token_id)
             if generation.last_s is None:
@@ -228,27 +232,36 @@ class Dispatcher:
 
     # Attempts.
 
-    def _ask(self, generation: Generation) -> Ask:
-        request, sampling = generation.request, generation.request.sampling
-        row = next(row for row in self._replicas.values() if row.model == request.model)
-        tokens = (*request.prompt, *generation.generated)
-        namespace = KvNamespace(
+    def _accept(self, generation: Generation) -> None:
+        model = generation.request.model
+        if self.draining:
+            raise Draining("the gateway is draining")
+        if not self.ready(model):
+            raise Unreachable(f"no replica of {model} is ready")
+        row = next(row for row in self._replicas.values() if row.model == model)
+        generation.namespace = KvNamespace(
             model=row.model,
             revision=row.revision,
-            salt=request.salt,
+            salt=generation.request.salt,
             dtype=row.layout.dtype if row.layout else "float32",
             block_tokens=row.block_tokens,
         )
-        hashes = tuple(block_hashes(tokens, namespace))
-        if not generation.generated:
-            generation.block_hashes, generation.block_tokens = hashes, row.block_tokens
+        generation.ask = self._ask(generation)
+        generation.block_hashes = generation.ask.block_hashes
+        line = self._line(model)
+        while not self._offered(generation, line):
+            pass  # The chosen worker's stream has just broken; it is suspect now, so this ends.
+
+    def _ask(self, generation: Generation) -> Ask:
+        request, sampling = generation.request, generation.request.sampling
+        tokens = (*request.prompt, *generation.generated)
         slo = self._slos.get(request.slo_class) or Slo()
         left = max(1, sampling.max_tokens - len(generation.generated))
         return Ask(
             request_id=request.request_id,
             model=request.model,
             prompt_tokens=len(tokens),
-            block_hashes=hashes,
+            block_hashes=tuple(block_hashes(tokens, generation.namespace)),
             expected_output_tokens=min(left, round(self._output_tokens.get(request.model, EXPECTED_OUTPUT_TOKENS)) or 1),
             max_output_tokens=left,
             ttft_slo_s=slo.ttft_s,
@@ -301,7 +314,8 @@ class Dispatcher:
         self._view.charge(generation.ask, attempt, route, now_s)
         generation.attempt, generation.route, generation.worker_id = attempt, route, replica.worker_id
         generation.tried.append(replica.replica_id)
-        generation.sent_s = generation.sent_s or now_s
+        if not generation.generated:
+            generation.sent_s = now_s
         self._running[generation.request.request_id] = generation
         return True
 
@@ -341,6 +355,8 @@ class Dispatcher:
     def _fail(self, generation: Generation, failure: MobulaError) -> None:
         self._withdraw(generation)
         generation.failure = failure
+        if generation.attempt < 0:
+            self._metrics.rejected(failure)
         self._end(generation, "rejected" if generation.attempt < 0 else "failed")
 
     def _end(self, generation: Generation, outcome: str) -> None:
@@ -349,7 +365,8 @@ class Dispatcher:
         mean = self._output_tokens.get(model, EXPECTED_OUTPUT_TOKENS)
         if outcome == "completed":
             self._output_tokens[model] = mean + MEAN_WEIGHT * (len(generation.generated) - mean)
-        self._metrics.ended(generation, outcome, waiting=len(self._line(model)))
+        self._metrics.ended(generation, outcome)
+        self._metrics.waiting(model, len(self._line(model)))
         if self._log is not None:
             self._log.write(generation, outcome)
         if not self.in_flight:

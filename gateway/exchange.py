@@ -59,10 +59,12 @@ class Exchange(Response):
         self._stream = stream
         self._with_usage = with_usage
         self._woken = asyncio.Event()
-        self._generations = [Generation(request, key_id, self._woken.set) for request in requests]
+        self._generations: list[Generation] = []
         try:
-            for generation in self._generations:
+            for number, request in enumerate(requests):
+                generation = Generation(request, key_id, self._woken.set, first_choice=number % choices_per_prompt == 0)
                 dispatcher.submit(generation)
+                self._generations.append(generation)
         except MobulaError:
             self._cancel()
             raise

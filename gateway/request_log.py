@@ -12,7 +12,6 @@ from pathlib import Path
 import msgspec
 
 from cluster.errors import InvalidConfig
-from cluster.kv import BLOCK_TOKENS
 from cluster.record import RequestRecord, RouteRecord, to_line
 from gateway.generation import Generation
 
@@ -86,7 +85,7 @@ class RequestLog:
             prompt_tokens=len(request.prompt),
             output_tokens=len(generation.generated),
             block_hashes=tuple(self._salted(request.tenant, block) for block in generation.block_hashes),
-            block_tokens=generation.block_tokens or BLOCK_TOKENS,
+            block_tokens=generation.namespace.block_tokens,
             tenant=request.tenant,
             slo_class=request.slo_class,
             request_id=request.request_id,

@@ -120,6 +120,14 @@ async def test_metrics_count_requests_tokens_and_times(serve):
         assert line in metrics
 
 
+async def test_a_prompt_is_charged_once_however_many_choices_it_has(serve):
+    async with serve(FakeFleet("a")) as served:
+        answer = await served.client.completions.create(**OK | {"n": 3})
+        metrics = (await served.http.get("/metrics")).text
+    for kind, tokens in (("prompt", answer.usage.prompt_tokens), ("output", answer.usage.completion_tokens)):
+        assert f'mobula_{kind}_tokens_total{{key="anonymous",model="{MODEL}",tenant="default"}} {tokens}.0' in metrics
+
+
 async def test_the_request_log_tells_lengths_times_and_the_route_but_no_text(serve, tmp_path):
     fleet = FakeFleet("a")
     async with serve(fleet, request_log=str(tmp_path / "log")) as served:

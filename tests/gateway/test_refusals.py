@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
+import msgspec
 import openai
 import pytest
 import pytest_asyncio
@@ -12,6 +13,7 @@ import pytest_asyncio
 from cluster.errors import InvalidConfig
 from cluster.fleet import GatewaySpec
 from cluster.handoff import Token
+from cluster.record import RequestRecord
 from gateway.server import listen
 from tests.gateway.conftest import serving
 from tests.gateway.fake_fleet import CONTEXT_TOKENS, MODEL, FakeFleet
@@ -171,6 +173,41 @@ async def test_beyond_the_queue_it_is_429_with_a_retry_after(serve):
         assert isinstance(error, openai.RateLimitError)
         assert int(error.response.headers["retry-after"]) >= 1
     assert sum(one.exception() is None for one in asked) == 8 - len(refused)
+
+
+async def test_what_is_refused_is_neither_in_flight_nor_charged_but_logged(serve, tmp_path):
+    fleet = FakeFleet("a", max_running=1)
+    fleet.workers["a"].hold = asyncio.Event()
+    async with serve(fleet, max_queue=0, request_log=str(tmp_path)) as served:
+        served_one = asyncio.create_task(served.client.completions.create(**OK))
+        await asyncio.wait_for(fleet.workers["a"].submitted.wait(), 5)
+        refused = await served.http.post("/v1/completions", json=OK | {"n": 3})
+        held = (await served.http.get("/metrics")).text
+        fleet.workers["a"].hold.set()
+        await served_one
+        metrics = (await served.http.get("/metrics")).text
+    (path,) = tmp_path.glob("*.jsonl")
+    outcomes = [msgspec.json.decode(line, type=RequestRecord).outcome for line in path.read_bytes().splitlines()]
+    assert refused.status_code == 429
+    assert f'mobula_requests_in_flight{{model="{MODEL}"}} 1.0' in held
+    assert f'mobula_prompt_tokens_total{{key="anonymous",model="{MODEL}",tenant="default"}} 2.0' in metrics
+    assert f'mobula_requests_total{{model="{MODEL}",outcome="rejected",tenant="default"}} 1.0' in metrics
+    assert 'mobula_rejections_total{reason="Overloaded"} 1.0' in metrics
+    assert outcomes == ["rejected", "completed"]
+
+
+async def test_who_waits_too_long_is_counted_as_refused(serve):
+    fleet = FakeFleet("a", max_running=1)
+    fleet.workers["a"].hold = asyncio.Event()
+    async with serve(fleet, queue_timeout_s=0.1) as served:
+        served_one = asyncio.create_task(served.client.completions.create(**OK))
+        await asyncio.wait_for(fleet.workers["a"].submitted.wait(), 5)
+        overdue = await served.http.post("/v1/completions", json=OK)
+        metrics = (await served.http.get("/metrics")).text
+        fleet.workers["a"].hold.set()
+        await served_one
+    assert overdue.status_code == 429
+    assert 'mobula_rejections_total{reason="Overloaded"} 1.0' in metrics
 
 
 def test_a_taken_port_is_named():
