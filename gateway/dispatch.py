@@ -410,9 +410,12 @@ class Dispatcher:
         interval_s = min(RETRY_ROUTE_S, self._links.check_interval_s)
         while True:
             await asyncio.sleep(interval_s)
-            self._links.check_silence()
-            self._pump()
-            self._expire(time.time())
+            try:
+                self._links.check_silence()
+                self._pump()
+                self._expire(time.time())
+            except Exception:  # One request's trouble; all others need the next tick.
+                logger.exception("a tick failed")
 
     def _expire(self, now_s: float) -> None:
         timeout_s = self._spec.queue_timeout_s
