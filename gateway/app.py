@@ -62,7 +62,7 @@ def build_app(
         slos=slos,
         gateway_id=gateway_id or secrets.token_hex(8),
     )
-    app = FastAPI(title="Mobula", version="1", lifespan=gateway.lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Mobula", version="1", lifespan=gateway.lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
     post, get = {"methods": ["POST"]}, {"methods": ["GET"]}
     app.add_api_route("/v1/chat/completions", gateway.chat, **post, openapi_extra=operation(ChatBody))
@@ -145,8 +145,8 @@ class Gateway:
 
     async def _body(self, request: Request, kind: type[Body]) -> Any:
         request.state.arrival_s = time.time()
+        _check_request_id(request)
         request.state.key = self._key(request)
-        _request_id(request)
         body = decode(await _read(request, self._spec.max_body_bytes), kind)
         body.check()
         return body
@@ -174,7 +174,7 @@ class Gateway:
             self.dispatcher,
             requests,
             shape(answer_id, body.model, int(time.time()), logprobs=params.logprobs is not None, with_usage=with_usage),
-            {"x-request-id": request.state.request_id},
+            _named(request),
             choices_per_prompt=choices,
             key_id=None if key is None else key.key_id,
             stream=bool(body.stream),
@@ -205,13 +205,13 @@ class Gateway:
     async def list_models(self, request: Request) -> Response:
         """The models served here."""
         self._key(request)
-        return _json({"object": "list", "data": [self._model(name) for name in self._tokenizers]})
+        return _json({"object": "list", "data": [self._model(name) for name in self._tokenizers]}, headers=_named(request))
 
     async def show_model(self, request: Request, model: str) -> Response:
         """One model."""
         self._key(request)
         self._tokenizer(model)
-        return _json(self._model(model))
+        return _json(self._model(model), headers=_named(request))
 
     async def ready(self) -> Response:
         """200 while requests can be served, else 503."""
@@ -233,9 +233,7 @@ class Gateway:
         status, body, headers = error_answer(error)
         if status == 413:
             headers = {**headers, "connection": "close"}
-        if request_id := getattr(request.state, "request_id", None):
-            headers = {**headers, "x-request-id": request_id}
-        return Response(body, status, headers, _JSON)
+        return Response(body, status, headers | _named(request), _JSON)
 
     def _key(self, request: Request) -> Any:
         if self._keys is None:
@@ -270,11 +268,17 @@ async def _read(request: Request, bound: int) -> bytes:
     return bytes(data)
 
 
-def _request_id(request: Request) -> None:
-    given = request.headers.get("x-request-id")
-    if given is not None and not REQUEST_ID.fullmatch(given):
+def _named(request: Request) -> dict[str, str]:
+    """The header that names a request in its answer: as the client did, or made up."""
+    given = request.headers.get("x-request-id", "")
+    if not hasattr(request.state, "request_id"):
+        request.state.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    return {"x-request-id": request.state.request_id}
+
+
+def _check_request_id(request: Request) -> None:
+    if not REQUEST_ID.fullmatch(request.headers.get("x-request-id", "-")):
         raise InvalidRequest("x-request-id is not 1 to 128 visible ASCII characters", param="x-request-id")
-    request.state.request_id = given or secrets.token_hex(16)
 
 
 def _check_choices(prompts: int, choices: int) -> None:
@@ -294,19 +298,20 @@ def _check_prompt(prompt: list[int], vocabulary: int, wanted: int | None, contex
         raise InvalidRequest(message, param="max_tokens" if len(prompt) < context else "prompt", code="context_length_exceeded")
 
 
-def _json(payload: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(payload), status, media_type=_JSON)
+def _json(payload: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(payload), status, headers, _JSON)
 
 
 async def _refuse_http(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return Response(error_body(message, "invalid_request_error", code=code), error.status_code, error.headers, _JSON)
+    headers = {**(error.headers or {}), **_named(request)}
+    return Response(error_body(message, "invalid_request_error", code=code), error.status_code, headers, _JSON)
 
 
 async def _apologise(request: Request, error: Exception) -> Response:
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return Response(error_body("the gateway failed", "server_error", code="internal_error"), 500, media_type=_JSON)
+    return Response(error_body("the gateway failed", "server_error", code="internal_error"), 500, _named(request), _JSON)
 
 
 async def _say_nothing(request: Request, error: Exception) -> Response:

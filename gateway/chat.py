@@ -25,11 +25,15 @@ _NEUTRAL = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
     "service_tier": ("auto", "default"),
     "web_search_options": (),
+    "moderation": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
 }
+_NEUTRAL_IN_MESSAGE = {"tool_calls": ([],), "function_call": (), "audio": (), "annotations": ([],)}
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,12 +43,25 @@ class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    # What an answer carries that a client sends back as it came.
+    refusal: str | None = None
+    tool_calls: Any = None
+    function_call: Any = None
+    audio: Any = None
+    annotations: Any = None
+
+    def check(self, place: str) -> None:
+        """place: with its dot."""
+        refuse_unsupported(self, _NEUTRAL_IN_MESSAGE, place)
+        if self.content is None and self.refusal is None:
+            raise InvalidRequest(f"{place}content is missing", param=f"{place}content", code="missing_required_parameter")
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = self.content if isinstance(self.content, list) else ()
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts) or self.refusal or ""
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
 
@@ -54,6 +71,9 @@ class ChatBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    # Hints that change no answer. Prefixes are found and kept without them.
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     # Known and not supported.
     tools: Any = None
     tool_choice: Any = None
@@ -68,11 +88,16 @@ class ChatBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     verbosity: Any = None
     service_tier: Any = None
     web_search_options: Any = None
+    moderation: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
 
     def check(self) -> None:
         refuse_unsupported(self, _NEUTRAL)
         if not 1 <= len(self.messages) <= MAX_MESSAGES:
             raise InvalidRequest(f"{len(self.messages)} messages are outside [1, {MAX_MESSAGES}]", param="messages")
+        for number, message in enumerate(self.messages):
+            message.check(f"messages[{number}].")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs goes with logprobs true only", param="top_logprobs")
 

@@ -96,6 +96,9 @@ class CompletionShape:
         return {
             "tokens": [token.token_text for token in drawn],
             "token_logprobs": [token.logprob for token in drawn],
-            "top_logprobs": [{top.text: top.logprob for top in token.top_logprobs} for token in drawn],
+            # The drawn token is always among them, as OpenAI says, whether or not it is one of the most likely.
+            "top_logprobs": [
+                {top.text: top.logprob for top in token.top_logprobs} | {token.token_text: token.logprob} for token in drawn
+            ],
             "text_offset": offsets,
         }
