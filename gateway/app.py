@@ -25,7 +25,7 @@ from gateway.chat import ChatBody, ChatShape
 from gateway.completions import CompletionBody, CompletionShape
 from gateway.dispatch import Dispatcher
 from gateway.exchange import Exchange
-from gateway.keys import Keyring, read_keys
+from gateway.keys import Keyring
 from gateway.metrics import GatewayMetrics
 from gateway.openai import MAX_CHOICES, Body, decode, error_answer, error_body, sampling
 from gateway.request_log import RequestLog
@@ -97,12 +97,14 @@ class Gateway:
         if (spec.keys_file is not None) == spec.allow_anonymous:
             raise InvalidConfig("gateway: give either keys_file or allow_anonymous")
         self._spec = spec
-        self._keys = None if spec.keys_file is None else Keyring(read_keys(spec.keys_file))
+        self._metrics = GatewayMetrics()
+        self._keys = None if spec.keys_file is None else Keyring(spec.keys_file, unreadable=self._metrics.keys_unreadable)
         self._tokenizers: dict[str, ChatTokenizer] = {name: load_tokenizer(model) for name, model in models.items()}
         self._slos = slos
         self._started_s = time.time()
-        self._metrics = GatewayMetrics()
-        self._log = None if spec.request_log is None else RequestLog(spec.request_log, gateway_id, self._started_s)
+        self._log = None
+        if spec.request_log is not None:
+            self._log = RequestLog(spec.request_log, gateway_id, self._started_s, dropped=self._metrics.record_dropped)
         self._make_dispatcher = lambda: Dispatcher(
             gateway_id=gateway_id,
             membership=membership(),

@@ -102,3 +102,8 @@ class CompletionShape:
             ],
             "text_offset": offsets,
         }
+
+
+def _alternatives(token: Token) -> dict[str, float]:
+    """The drawn token is always among them, as OpenAI says, be it one of the likeliest or not."""
+    return {top.text: top.logprob for top in token.top_logprobs} | {token.token_text: token.logprob}

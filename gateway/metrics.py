@@ -40,6 +40,13 @@ class GatewayMetrics:
     def gap(self, model: str, seconds: float) -> None:
         self._model(model)["mobula_itl_seconds"].observe(seconds)
 
+    def keys_unreadable(self) -> None:
+        self._all["mobula_keys_file_errors_total"].inc()
+
+    def record_dropped(self) -> None:
+        """From any thread."""
+        self._all["mobula_request_log_dropped_total"].inc()
+
     def ended(self, generation: Generation, outcome: str) -> None:
         request, timing = generation.request, generation.timing
         row, tokens = self._model(request.model), len(generation.generated)

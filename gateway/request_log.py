@@ -7,6 +7,7 @@ import logging
 import queue
 import secrets
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 FILE_BYTES = 64 * 2**20
 FILES = 8  # With the above, at most half a GiB a gateway replica.
+DIRECTORY_FILES = 64  # Of all gateway replicas and their past starts together: 4 GiB.
 QUEUE_RECORDS = 8192  # Some ten seconds of full speed; beyond that records are dropped and counted.
 SALT_BYTES = 32
 
@@ -26,8 +28,10 @@ SALT_BYTES = 32
 class RequestLog:
     """A directory with `requests-<name>.jsonl` and its older parts `.1`, `.2`, ... `name` tells gateway replicas apart."""
 
-    def __init__(self, directory: str, name: str, opened_s: float, *, file_bytes: int = FILE_BYTES) -> None:
-        """Raises InvalidConfig where the directory cannot be written."""
+    def __init__(
+        self, directory: str, name: str, opened_s: float, *, dropped: Callable[[], None], file_bytes: int = FILE_BYTES
+    ) -> None:
+        """Raises InvalidConfig where the directory cannot be written. `dropped` is called, on any thread, for each record lost."""
         self._path = Path(directory) / f"requests-{name}.jsonl"
         self._opened_s = opened_s
         self._file_bytes = file_bytes
@@ -35,9 +39,10 @@ class RequestLog:
             Path(directory).mkdir(parents=True, exist_ok=True)
             self._salt = _salt(Path(directory) / "salt")
             self._file = self._path.open("ab")
+            self._prune()
         except OSError as error:
             raise InvalidConfig(f"gateway.request_log {directory}: {error.strerror}") from error
-        self.dropped = 0
+        self._dropped = dropped
         self._queue: queue.Queue[tuple[Generation, str] | None] = queue.Queue(QUEUE_RECORDS)
         self._thread = threading.Thread(target=self._write_all, name="request-log", daemon=True)
         self._thread.start()
@@ -47,7 +52,7 @@ class RequestLog:
         try:
             self._queue.put_nowait((generation, outcome))
         except queue.Full:
-            self.dropped += 1
+            self._dropped()
 
     def close(self) -> None:
         """Write what is queued, then close. Blocks."""
@@ -58,14 +63,16 @@ class RequestLog:
     def _write_all(self) -> None:
         while (item := self._queue.get()) is not None:
             try:
+                if self._file.closed:  # A rotation that failed half way.
+                    self._file = self._path.open("ab")
                 self._file.write(to_line(self._record(*item)))
                 if self._queue.empty():
                     self._file.flush()
                 if self._file.tell() >= self._file_bytes:
                     self._rotate()
-            except OSError as error:
-                self.dropped += 1
-                logger.error("request log %s: %s", self._path, error.strerror)
+            except Exception as error:  # A full disk or one odd record: the next may go well.
+                self._dropped()
+                logger.error("request log %s: %s", self._path, error)
 
     def _rotate(self) -> None:
         self._file.close()
@@ -75,6 +82,13 @@ class RequestLog:
                 older.replace(self._path.with_suffix(f".jsonl.{number + 1}"))
         self._path.replace(self._path.with_suffix(".jsonl.1"))
         self._file = self._path.open("ab")
+        self._prune()
+
+    def _prune(self) -> None:
+        """Each start of a gateway has a name of its own; what the oldest of them left goes."""
+        ages = {path: path.stat().st_mtime for path in self._path.parent.glob("requests-*.jsonl*") if path != self._path}
+        for path in sorted(ages, key=ages.__getitem__)[: max(0, len(ages) + 1 - DIRECTORY_FILES)]:
+            path.unlink(missing_ok=True)
 
     def _record(self, generation: Generation, outcome: str) -> RequestRecord:
         request, timing = generation.request, generation.timing
