@@ -55,7 +55,7 @@ class _Line:
     def leave(self, generation: Generation) -> None:
         """It gave up. Harmless when it does not wait."""
         request_id = generation.request.request_id
-        self.queue.cancel(request_id)
+        self.queue.cancel(request_id, time.time())
         self.newcomers.pop(request_id, None)
         self.resuming.pop(request_id, None)
 
@@ -279,7 +279,8 @@ class Dispatcher:
         entry = Entry(
             request_id=request.request_id, tenant=request.tenant, priority=request.priority, deadline_s=request.deadline_s
         )
-        match line.queue.offer(entry, now_s, room=isinstance(route, Route) and not line.resuming):
+        room_s = route.retry_after_s if isinstance(route, Rejection) else RETRY_ROUTE_S if line.resuming else 0.0
+        match line.queue.offer(entry, now_s, room_s=room_s):
             case Admitted():
                 return self._send(generation, route, now_s)
             case Queued():
