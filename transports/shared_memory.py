@@ -2,8 +2,8 @@
 
 The receiver owns the segments. It names one in the pull, keeps it for the next pull when all went well, and removes it otherwise:
 a sender that was given up might still write to it. It holds a lock on each, which the system lets go of with the process, however
-that ends: a segment that nobody holds is swept away when the next is made. A sender that cannot see it (another host after all), or finds /dev/shm full,
-sends the bytes in the frames instead.
+that ends: a segment that nobody holds is swept away when the next one is made. A sender that cannot see a segment (another host
+after all), or finds /dev/shm full, sends the bytes in the frames instead.
 
 Both ends read and write the file rather than map it: a fault on each page of a fresh mapping costs several times the copy, and
 where memory runs out a write fails and a mapping kills.
