@@ -43,16 +43,16 @@ class RequestLog:
         except OSError as error:
             raise InvalidConfig(f"gateway.request_log {directory}: {error.strerror}") from error
         self._dropped = dropped
-        self._queue: queue.Queue[tuple[Generation, str] | None] = queue.Queue(QUEUE_RECORDS)
+        self._queue: queue.SimpleQueue[tuple[Generation, str] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name="request-log", daemon=True)
         self._thread.start()
 
     def write(self, generation: Generation, outcome: str) -> None:
-        """Queue an ended generation without waiting."""
-        try:
-            self._queue.put_nowait((generation, outcome))
-        except queue.Full:
+        """Queue an ended generation without waiting. One thread only, as the bound is looked at before."""
+        if self._queue.qsize() >= QUEUE_RECORDS:
             self._dropped()
+        else:
+            self._queue.put((generation, outcome))
 
     def close(self) -> None:
         """Write what is queued, then close. Blocks."""

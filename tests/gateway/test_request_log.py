@@ -62,3 +62,12 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InvalidConfig, match=r"gateway\.request_log .*file"):
         RequestLog(str(tmp_path / "file"), "g", 0.0, dropped=pytest.fail)
+
+
+def test_beyond_its_queue_records_are_dropped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(request_log, "QUEUE_RECORDS", 0)
+    lost = []
+    log = RequestLog(str(tmp_path), "g", 0.0, dropped=lambda: lost.append(1))
+    log.write(ended(), "completed")
+    log.close()
+    assert lost == [1]
