@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
+import msgspec
 import ray
 from ray.exceptions import RayError
 
@@ -17,6 +18,7 @@ REGISTRY_NAME = "mobula-registry"
 POLL_S = 10.0
 GRACE_S = 5.0  # Beyond POLL_S the registry is taken for gone.
 RETRY_S = 1.0
+SETTLE_S = 5.0  # Five heartbeats, by which every worker that lives has registered with a new registry.
 
 
 async def follow_registry(namespace: str) -> AsyncIterator[Membership]:
@@ -32,6 +34,10 @@ async def follow_registry(namespace: str) -> AsyncIterator[Membership]:
             handle = None
             await asyncio.sleep(RETRY_S)
             continue
-        if table != last:
+        if last is not None and table.registry != last.registry:
+            logger.warning("registry %s in %s is another; the last table holds for %.0f s", REGISTRY_NAME, namespace, SETTLE_S)
+            last = msgspec.structs.replace(last, version=-1, registry=table.registry)
+            await asyncio.sleep(SETTLE_S)
+        elif table != last:
             last = table
             yield table
