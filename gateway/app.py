@@ -176,7 +176,7 @@ class Gateway:
             self.dispatcher,
             requests,
             shape(answer_id, body.model, int(time.time()), logprobs=params.logprobs is not None, with_usage=with_usage),
-            _named(request),
+            _request_id(request),
             choices_per_prompt=choices,
             key_id=None if key is None else key.key_id,
             stream=bool(body.stream),
@@ -270,12 +270,17 @@ async def _read(request: Request, bound: int) -> bytes:
     return bytes(data)
 
 
-def _named(request: Request) -> dict[str, str]:
-    """The header that names a request in its answer: as the client did, or made up."""
-    given = request.headers.get("x-request-id", "")
+def _request_id(request: Request) -> str:
+    """As the client gave it, or made up."""
     if not hasattr(request.state, "request_id"):
+        given = request.headers.get("x-request-id", "")
         request.state.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
-    return {"x-request-id": request.state.request_id}
+    return request.state.request_id
+
+
+def _named(request: Request) -> dict[str, str]:
+    """The header that names a request in its answer."""
+    return {"x-request-id": _request_id(request)}
 
 
 def _check_request_id(request: Request) -> None:

@@ -97,9 +97,7 @@ class CompletionShape:
             "tokens": [token.token_text for token in drawn],
             "token_logprobs": [token.logprob for token in drawn],
             # The drawn token is always among them, as OpenAI says, whether or not it is one of the most likely.
-            "top_logprobs": [
-                {top.text: top.logprob for top in token.top_logprobs} | {token.token_text: token.logprob} for token in drawn
-            ],
+            "top_logprobs": [_alternatives(token) for token in drawn],
             "text_offset": offsets,
         }
 

@@ -31,6 +31,7 @@ class Generation:
         "first_s",
         "fresh",
         "generated",
+        "http_request_id",
         "key_id",
         "last_s",
         "namespace",
@@ -44,10 +45,19 @@ class Generation:
         "worker_id",
     )
 
-    def __init__(self, request: Request, key_id: str | None, wake: Callable[[], None], *, first_choice: bool = True) -> None:
+    def __init__(
+        self,
+        request: Request,
+        key_id: str | None,
+        wake: Callable[[], None],
+        *,
+        http_request_id: str = "",
+        first_choice: bool = True,
+    ) -> None:
         """first_choice: of its prompt; the others share it, and the prompt is charged to the key once."""
         self.request = request
         self.key_id = key_id
+        self.http_request_id = http_request_id
         self.first_choice = first_choice
         self.wake = wake
         self.generated: list[int] = []

@@ -109,11 +109,12 @@ async def test_the_request_log_tells_lengths_times_and_the_route_but_no_text(ser
     fleet = FakeFleet("a")
     async with serve(fleet, request_log=str(tmp_path / "log")) as served:
         for text in ("q" * 40, "q" * 40, "w" * 40):
-            await served.client.completions.create(**OK | {"prompt": text})
+            await served.client.completions.create(**OK | {"prompt": text}, extra_headers={"x-request-id": f"mine-{text[0]}"})
     (path,) = (tmp_path / "log").glob("*.jsonl")
     same, again, other = (msgspec.json.decode(line, type=RequestRecord) for line in path.read_bytes().splitlines())
     assert (same.prompt_tokens, same.output_tokens, same.outcome, same.attempts, same.cached_tokens) == (40, 8, "completed", 1, 3)
     assert same.route.decode.replica_id == "a"
+    assert (same.http_request_id, same.replicas) == ("mine-q", ("a",))
     assert len(same.block_hashes) == 2
     assert same.block_hashes == again.block_hashes != other.block_hashes
     assert same.prefill_s == 0.002

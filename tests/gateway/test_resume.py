@@ -184,6 +184,7 @@ async def test_a_resume_does_not_change_what_the_client_is_told_of_its_prompt(mo
     record = msgspec.json.decode(path.read_bytes(), type=RequestRecord)
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
     assert (record.attempts, record.prefill_s, record.cached_tokens) == (2, 0.002, 3)
+    assert sorted(record.replicas) == ["a", "b"]
 
 
 async def test_a_request_waits_for_a_replica_after_the_table_lost_all_of_them(model_dir):
