@@ -95,6 +95,7 @@ class Dispatcher:
         self._view = FleetView()
         self._links = WorkerLinks(transport, gateway_id, self, silence_s=spec.silence_s)
         self._replicas: dict[str, Replica] = {}
+        self._contexts: dict[str, int] = {}
         self._running: dict[str, Generation] = {}
         self._lines: dict[str, _Line] = {}
         self._output_tokens: dict[str, float] = {}
@@ -131,17 +132,13 @@ class Dispatcher:
 
     def ready(self, model: str | None = None) -> bool:
         """Whether a replica (of the model) is there to decode."""
-        return any(
-            row.phase is Phase.READY and row.role.decodes and (model is None or row.model == model)
-            for row in self._replicas.values()
-        )
+        return bool(self._contexts) if model is None else model in self._contexts
 
     def context_tokens(self, model: str) -> int:
         """Longest prompt plus output that a replica of the model takes. Raises Unreachable without replicas."""
-        contexts = [row.context_tokens for row in self._replicas.values() if row.model == model and row.role.decodes]
-        if not contexts or not self.ready(model):
+        if model not in self._contexts:
             raise Unreachable(f"no replica of {model} is ready")
-        return max(contexts)
+        return self._contexts[model]
 
     def submit(self, generation: Generation) -> None:
         """Accept a generation, or raise Draining, Unreachable, Overloaded or InvalidRequest: then it has ended, rejected."""
@@ -428,6 +425,7 @@ class Dispatcher:
     async def _follow_membership(self) -> None:
         async for membership in self._membership:
             self._replicas = {row.replica_id: row for row in membership.replicas}
+            self._contexts = _contexts(membership)
             now_s = time.time()
             self._view.membership(membership.replicas, now_s)
             self._links.update(membership)
@@ -435,3 +433,12 @@ class Dispatcher:
                 if not self._links.connected(worker_id):
                     self._view.suspect_worker(worker_id, now_s)
             self._pump()
+
+
+def _contexts(membership: Membership) -> dict[str, int]:
+    """By model that a replica is ready to decode: the longest context of any."""
+    contexts: dict[str, int] = {}
+    for row in membership.replicas:
+        if row.phase is Phase.READY and row.role.decodes:
+            contexts[row.model] = max(row.context_tokens, contexts.get(row.model, 0))
+    return contexts
