@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import secrets
@@ -24,7 +25,7 @@ from cluster.slo import Slo
 from gateway.chat import ChatBody, ChatShape
 from gateway.completions import CompletionBody, CompletionShape
 from gateway.dispatch import Dispatcher
-from gateway.exchange import Exchange
+from gateway.exchange import Exchange, Shape
 from gateway.keys import Keyring
 from gateway.metrics import GatewayMetrics
 from gateway.openai import MAX_CHOICES, Body, decode, error_answer, error_body, sampling
@@ -135,7 +136,8 @@ class Gateway:
         body = await self._body(request, ChatBody)
         tokenizer = self._tokenizer(body.model)
         prompt = await tokenizer.encode(tokenizer.render([message.plain() for message in body.messages]), special=False)
-        return self._generate(request, body, [prompt], f"chatcmpl-{secrets.token_hex(12)}", ChatShape)
+        shape = functools.partial(ChatShape, token_bytes=tokenizer.token_bytes)
+        return self._generate(request, body, [prompt], f"chatcmpl-{secrets.token_hex(12)}", shape)
 
     async def complete(self, request: Request) -> Response:
         """Go on with a text or with tokens."""
@@ -154,7 +156,7 @@ class Gateway:
         return body
 
     def _generate(
-        self, request: Request, body: Any, prompts: list[list[int]], answer_id: str, shape: type[ChatShape] | type[CompletionShape]
+        self, request: Request, body: Any, prompts: list[list[int]], answer_id: str, shape: Callable[..., Shape]
     ) -> Response:
         context = self.dispatcher.context_tokens(body.model)
         limit, wanted = self._tokenizers[body.model].vocabulary, body.output_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -113,7 +114,18 @@ class ChatBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class ChatShape:
     """Writes one request's answers."""
 
-    def __init__(self, answer_id: str, model: str, created: int, *, logprobs: bool, with_usage: bool) -> None:
+    def __init__(
+        self,
+        answer_id: str,
+        model: str,
+        created: int,
+        *,
+        logprobs: bool,
+        with_usage: bool,
+        token_bytes: Callable[[int, str], bytes],
+    ) -> None:
+        """token_bytes: of a token's id and text."""
+        self._token_bytes = token_bytes
         self._id = {"id": answer_id}
         self._about = {"created": created, "model": model}
         self._logprobs = logprobs
@@ -130,7 +142,7 @@ class ChatShape:
         """A token's event, and after the last one that of the finish."""
         written = b""
         if token.token_id is not None or token.text:
-            logprobs = encode({"content": [_logprob(token)], "refusal": None}) if self._logprobs else b"null"
+            logprobs = encode({"content": [self._logprob(token)], "refusal": None}) if self._logprobs else b"null"
             delta = b'%b%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}]}\n\n'
             written = delta % (self._start, index, encode(token.text), logprobs)
         if token.finish is not None:
@@ -145,7 +157,7 @@ class ChatShape:
         return encode({**self._id, "object": "chat.completion", **self._about, "choices": answers, "usage": usage})
 
     def _choice(self, index: int, tokens: list[Token]) -> dict[str, Any]:
-        logprobs = [_logprob(token) for token in tokens if token.token_id is not None]
+        logprobs = [self._logprob(token) for token in tokens if token.token_id is not None]
         return {
             "index": index,
             "message": {"role": "assistant", "content": "".join(token.text for token in tokens), "refusal": None},
@@ -153,7 +165,9 @@ class ChatShape:
             "finish_reason": tokens[-1].finish,
         }
 
+    def _logprob(self, token: Token) -> dict[str, Any]:
+        tops = [self._one(top.token_id, top.text, top.logprob) for top in token.top_logprobs]
+        return self._one(token.token_id, token.token_text, token.logprob) | {"top_logprobs": tops}
 
-def _logprob(token: Token) -> dict[str, Any]:
-    tops = [{"token": top.text, "logprob": top.logprob, "bytes": list(top.text.encode())} for top in token.top_logprobs]
-    return {"token": token.token_text, "logprob": token.logprob, "bytes": list(token.token_text.encode()), "top_logprobs": tops}
+    def _one(self, token_id: int, text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(self._token_bytes(token_id, text))}

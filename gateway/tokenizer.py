@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from cluster.errors import InvalidModel, InvalidRequest, Overloaded
 from cluster.fleet import ModelSpec
+from cluster.token_bytes import from_byte_fallback, from_byte_level
 
 INLINE_CHARS = 4096  # About a millisecond; longer texts go to a thread, where the tokenizer lets go of the interpreter's lock.
 MAX_ENCODING = 64  # Long texts in or before the thread; beyond that 429.
@@ -37,6 +38,7 @@ class ChatTokenizer:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
         self._encoding = 0
         self.vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._byte_level = tokenizer.decoder is not None and b'"ByteLevel"' in tokenizer.decoder.__getstate__()
 
     async def encode(self, text: str, *, special: bool) -> list[int]:
         """special: add what the checkpoint puts around a text; a chat template has already done so."""
@@ -50,6 +52,13 @@ class ChatTokenizer:
             return await loop.run_in_executor(self._threads, lambda: self._tokenizer.encode(text, add_special_tokens=special).ids)
         finally:
             self._encoding -= 1
+
+    def token_bytes(self, token_id: int, text: str) -> bytes:
+        """A token's bytes. text: as it shows, in which a part of a character shows as U+FFFD."""
+        token = self._tokenizer.id_to_token(token_id) if "\ufffd" in text else None
+        if token is None:
+            return text.encode()
+        return from_byte_level(token) if self._byte_level else from_byte_fallback(token, ())
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The conversation as text, ready for the assistant's turn. Raises InvalidRequest where the template refuses it."""

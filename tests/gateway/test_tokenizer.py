@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cluster.errors import InvalidModel, InvalidRequest
@@ -150,3 +153,31 @@ def test_a_model_without_a_template_says_where_to_go(loaded):
 def test_a_template_that_does_not_parse_is_an_invalid_model(loaded):
     with pytest.raises(InvalidModel, match="tokenizer of m"):
         loaded("{% if %}")
+
+
+@pytest.fixture
+def byte_level(tmp_path):
+    """A tokenizer whose tokens are single bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({character: number for number, character in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    return load_tokenizer(ModelSpec(name="m", path=str(tmp_path)))
+
+
+@given(text=st.text(min_size=1, max_size=20))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_the_bytes_of_tokens_that_part_characters_make_the_text(byte_level, text):
+    ids = await byte_level.encode(text, special=False)
+    assert len(ids) == len(text.encode())
+    assert b"".join(byte_level.token_bytes(one, "\ufffd") for one in ids) == text.encode()
+
+
+def test_bytes_of_a_byte_fallback_token_are_those_it_names(tmp_path):
+    made = Tokenizer(models.WordLevel({"<0xE2>": 0, "�": 1, "a": 2, "<unk>": 3}, unk_token="<unk>"))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    loaded = load_tokenizer(ModelSpec(name="m", path=str(tmp_path)))
+    assert [loaded.token_bytes(one, text) for one, text in ((0, "�"), (1, "�"), (2, "a"))] == [b"\xe2", "�".encode(), b"a"]
