@@ -424,15 +424,21 @@ class Dispatcher:
 
     async def _follow_membership(self) -> None:
         async for membership in self._membership:
-            self._replicas = {row.replica_id: row for row in membership.replicas}
-            self._contexts = _contexts(membership)
-            now_s = time.time()
-            self._view.membership(membership.replicas, now_s)
-            self._links.update(membership)
-            for worker_id in {row.worker_id for row in membership.replicas}:
-                if not self._links.connected(worker_id):
-                    self._view.suspect_worker(worker_id, now_s)
-            self._pump()
+            try:
+                self._adopt(membership)
+            except Exception:  # The next table may go better, and must not be missed.
+                logger.exception("table %d was not wholly taken over", membership.version)
+
+    def _adopt(self, membership: Membership) -> None:
+        now_s = time.time()
+        self._replicas = {row.replica_id: row for row in membership.replicas}
+        self._contexts = _contexts(membership)
+        self._view.membership(membership.replicas, now_s)
+        self._links.update(membership)
+        for worker_id in {row.worker_id for row in membership.replicas}:
+            if not self._links.connected(worker_id):
+                self._view.suspect_worker(worker_id, now_s)
+        self._pump()
 
 
 def _contexts(membership: Membership) -> dict[str, int]:

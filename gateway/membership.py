@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import ray
-from ray.exceptions import RayError
 
 from cluster.replica import Membership
 
@@ -29,8 +28,8 @@ async def follow_registry(namespace: str) -> AsyncIterator[Membership]:
             handle = handle or await asyncio.to_thread(ray.get_actor, REGISTRY_NAME, namespace)
             after = -1 if last is None else last.version
             table = await asyncio.wait_for(handle.membership.remote(after, POLL_S), POLL_S + GRACE_S)
-        except (RayError, ValueError, TimeoutError) as error:
-            logger.warning("registry %s in %s: %s; again in %.0f s", REGISTRY_NAME, namespace, error, RETRY_S)
+        except Exception as error:  # Whatever is wrong with Ray or the registry, the gateway serves on.
+            logger.warning("registry %s in %s: %r; again in %.0f s", REGISTRY_NAME, namespace, error, RETRY_S)
             handle = None
             await asyncio.sleep(RETRY_S)
             continue

@@ -71,7 +71,9 @@ async def test_each_table_is_told_once_and_the_next_is_asked_for(registries):
 
 async def test_without_a_registry_nothing_is_told_until_it_is_found_again(registries):
     table, later = Membership(version=1, replicas=ROWS[:1]), Membership(version=2, replicas=ROWS)
-    registries(ValueError("none yet"), Handle(table, RayActorError()), ValueError("gone"), Handle(later))
+    registries(
+        ValueError("none yet"), Handle(table, RayActorError()), RuntimeError("no Ray"), Handle(TimeoutError()), Handle(later)
+    )
     assert await tables(2) == [table, later]
 
 

@@ -204,3 +204,24 @@ async def test_a_request_waits_for_a_replica_after_the_table_lost_all_of_them(mo
         other.hold.set()
         fleet.publish(other.row)
         assert await asking == expected(ids("hello"), 4, TOKENS)
+
+
+async def test_a_failing_tick_and_a_failing_table_do_not_end_the_watch(model_dir, monkeypatch, caplog):
+    fleet = FakeFleet("a", "b")
+    first_fault_at(fleet, 5, _hang)
+    async with serving(model_dir, fleet) as served:
+        dispatcher = served.gateway.dispatcher
+        for owner, name in ((dispatcher._links, "check_silence"), (dispatcher._links, "update")):
+            fails_once(monkeypatch, owner, name)
+        fleet.publish()
+        await served.until(lambda: "a bug in check_silence" in caplog.text and "a bug in update" in caplog.text)
+        assert await text_of(served) == expected(ids("hello"), 4, TOKENS)
+
+
+def fails_once(monkeypatch, owner: object, name: str) -> None:
+    def fail(*_):
+        monkeypatch.setattr(owner, name, working)
+        raise RuntimeError(f"a bug in {name}")
+
+    working = getattr(owner, name)
+    monkeypatch.setattr(owner, name, fail)
