@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import msgspec
 
@@ -37,13 +37,16 @@ _NEUTRAL = {
 _NEUTRAL_IN_MESSAGE = {"tool_calls": ([],), "function_call": (), "audio": (), "annotations": ([],)}
 
 
+Role = Literal["system", "developer", "user", "assistant"]
+
+
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["text"]
     text: str
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Role
     content: str | list[TextPart] | None = None
     name: str | None = None
     # What an answer carries that a client sends back as it came.
@@ -68,6 +71,8 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ChatBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    allowed: ClassVar = {"role": ", ".join(get_args(Role)), "type": "text"}
+
     messages: list[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None

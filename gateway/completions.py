@@ -25,7 +25,8 @@ class CompletionBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True
     def check(self) -> None:
         refuse_unsupported(self, _NEUTRAL)
         if self.best_of not in (None, self.n or 1):
-            raise InvalidRequest("best_of is supported only where it equals n", param="best_of", code="unsupported_parameter")
+            message = f"best_of {self.best_of} is not supported here, only n, {self.n or 1}"
+            raise InvalidRequest(message, param="best_of", code="unsupported_parameter")
 
     def prompts(self) -> list[str | list[int]]:
         """One or many texts or token lists."""

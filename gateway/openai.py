@@ -10,7 +10,7 @@ import math
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -34,6 +34,9 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Fields of both endpoints. null is as good as absent."""
+
+    allowed: ClassVar[Mapping[str, str]] = {}
+    """By a field that takes few values: which, for an error to name."""
 
     model: str
     max_tokens: int | None = None
@@ -68,7 +71,9 @@ def refuse_unsupported(body: msgspec.Struct, neutral: Mapping[str, Sequence[Any]
     for name, values in neutral.items():
         value = getattr(body, name)
         if value is not None and value not in values:
-            raise InvalidRequest(f"{place}{name} is not supported here", param=place + name, code="unsupported_parameter")
+            only = " or ".join(encode(one).decode() for one in values)
+            message = f"{place}{name} {encode(value).decode()} is not supported here{only and f', only {only}'}"
+            raise InvalidRequest(message, param=place + name, code="unsupported_parameter")
 
 
 def decode(data: bytes, kind: type[Body]) -> Any:
@@ -76,7 +81,10 @@ def decode(data: bytes, kind: type[Body]) -> Any:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(str(error), param=_field(str(error)), code=_fault(str(error))) from error
+        field = _field(str(error))
+        allowed = kind.allowed.get((field or "").rpartition(".")[2]) if "enum" in str(error) else None
+        message = f"{error}, which is one of {allowed}" if allowed else str(error)
+        raise InvalidRequest(message, param=field, code=_fault(str(error))) from error
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8 at byte {_not_utf8(data)}", code="invalid_utf8") from error
     except RecursionError as error:

@@ -120,6 +120,30 @@ def create_path(endpoint: str) -> str:
     return "/v1/completions" if endpoint == "completions" else "/v1/chat/completions"
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            {"response_format": {"type": "json_object"}},
+            'response_format {"type":"json_object"} is not supported here, only {"type":"text"}',
+        ),
+        ({"audio": {}}, "audio {} is not supported here"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "Invalid enum value 'tool' - at `$.messages[0].role`, which is one of system, developer, user, assistant",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "Invalid enum value 'image_url' - at `$.messages[0].content[0].type`, which is one of text",
+        ),
+    ],
+)
+async def test_a_refusal_names_what_was_given_and_what_may_be(serve, body, message):
+    async with serve(FakeFleet("a")) as served:
+        answer = await served.http.post("/v1/chat/completions", json=CHAT | body)
+    assert answer.json()["error"]["message"] == message
+
+
 async def test_an_error_does_not_send_back_all_it_was_given(serve):
     async with serve(FakeFleet("a")) as served:
         for body in (OK | {"model": "x" * 100_000}, OK | {"y" * 100_000: 1}):
