@@ -44,6 +44,8 @@ GATEWAY_METRICS = (
         ("model",),
         (1e-5, 2e-5, 4e-5, 1e-4, 2e-4, 4e-4, 1e-3, 1e-2),
     ),
+    Metric("mobula_keys_file_errors_total", "counter", "Changes of the keys file that could not be read."),
+    Metric("mobula_request_log_dropped_total", "counter", "Request records that could not be written."),
     Metric("mobula_request_prompt_tokens", "histogram", "Prompt lengths.", ("model",), TOKEN_BUCKETS),
     Metric("mobula_request_output_tokens", "histogram", "Output lengths.", ("model",), TOKEN_BUCKETS),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +30,8 @@ def namespace_of(fleet_name: str) -> str:
 class MembershipTable:
     """Replicas by worker, with the time each worker was last heard. Time comes in; the version rises with every change."""
 
-    def __init__(self) -> None:
+    def __init__(self, registry: str = "") -> None:
+        self._registry = registry
         self._replicas: dict[str, Replica] = {}
         self._heard_s: dict[str, float] = {}
         self._version = 0
@@ -37,7 +39,8 @@ class MembershipTable:
     @property
     def membership(self) -> Membership:
         """By replica id, so that equal tables are equal tuples."""
-        return Membership(version=self._version, replicas=tuple(self._replicas[name] for name in sorted(self._replicas)))
+        replicas = tuple(self._replicas[name] for name in sorted(self._replicas))
+        return Membership(version=self._version, registry=self._registry, replicas=replicas)
 
     def register(self, replicas: tuple[Replica, ...], now_s: float) -> None:
         """The workers named in them host exactly these from now on. Saying it again is harmless."""
@@ -84,7 +87,7 @@ class Registry:
     """The actor: a membership table with a clock and with callers who wait. Made by `ray.remote(Registry)`."""
 
     def __init__(self) -> None:
-        self._table = MembershipTable()
+        self._table = MembershipTable(secrets.token_hex(8))
         self._changed = asyncio.Event()
         self._lost: dict[str, Replica] = {}
         self._sweeping: asyncio.Task[None] | None = None
