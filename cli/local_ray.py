@@ -23,13 +23,19 @@ LOG_BYTES = 16 * 2**20  # Of one process's log; with one older part kept.
 PR_SET_CHILD_SUBREAPER = 36
 
 
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Else Ray takes 127.0.0.1 for a mistake and looks for a reachable address.
+}
+"""Of whoever starts or joins a Ray."""
+
+
 def prepare_environment(directory: Path) -> None:
     """Before Ray is imported: it reads these once. `directory`: where all its files go, logs among them."""
     (directory / "ray").mkdir()
     os.environ.update(
         RAY_TMPDIR=str(directory),
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # Else Ray takes 127.0.0.1 for a mistake and looks for a reachable address.
+        **ENVIRONMENT,
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=secrets.token_hex(32),
         RAY_DEDUP_LOGS="0",

@@ -24,7 +24,7 @@ import msgspec
 import psutil
 
 from cli.fleet_home import FleetHome, FleetStatus, Record, ReplicaStatus, identify
-from cli.local_ray import LocalRay, adopt_orphans, end_children, put_away, show_logs
+from cli.local_ray import ENVIRONMENT, LocalRay, adopt_orphans, end_children, put_away, show_logs
 from cluster.errors import MobulaError, Permanent, Unreachable
 from cluster.fleet import Fleet
 from cluster.placement import NODE_LABEL
@@ -34,6 +34,7 @@ log = logging.getLogger("mobula")
 
 STATUS_S = 2.0  # A worker that does not answer by then is shown without its load.
 GATEWAY_STOP_S = 45.0  # Its streams have 30 s to finish.
+SERVE = "serve"  # The namespace of Ray Serve's own actors.
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,9 +120,14 @@ def _ray(order: Order, directory: str | None, home: FleetHome, tell: Tell) -> It
             put_away(Path(directory), home.ray_logs_path)
     else:
         tell(Progress(kind="phase", text=f"Joining Ray at {order.address}"))
+        os.environ.update(ENVIRONMENT)
         import ray
 
-        ray.init(address=order.address, log_to_driver=False)
+        try:
+            ray.init(address=order.address, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            hint = "RAY_AUTH_MODE and RAY_AUTH_TOKEN must be here what they were for `ray start`"
+            raise Unreachable(f"no Ray can be joined at {order.address}: {' '.join(str(error).split())}; {hint}") from error
         try:
             yield
         finally:
@@ -139,6 +145,7 @@ class _Supervisor:
         self._tell = tell
         self._stop = asyncio.Event()
         self._opening: asyncio.Future[None] | None = None
+        self._served_before = False
         self._workers: Any = None
         self._registry: Any = None
 
@@ -175,8 +182,11 @@ class _Supervisor:
         self._tell(Progress(kind="ready", text=self._url))
 
     async def _open_gateway(self) -> None:
+        import ray
+
         from gateway.deployment import deploy
 
+        self._served_before = any(actor["namespace"] == SERVE for actor in ray.util.list_named_actors(all_namespaces=True))
         self._opening = asyncio.ensure_future(_apart(deploy, self._fleet, self._secret))
         await asyncio.shield(self._opening)
 
@@ -189,6 +199,8 @@ class _Supervisor:
             await asyncio.wait([self._opening])
             if self._opening.exception() is None:
                 await _apart(shutdown, self._fleet.name)
+            if not self._served_before:
+                await _apart(_end_unused_serve)
 
     async def _end(self) -> tuple[str, ...]:
         """The gateway first, so that nothing new comes; then the workers, which finish what they have. An error stops neither."""
@@ -267,6 +279,14 @@ def _secret(fleet: Fleet, home: FleetHome) -> str:
     secret = secrets.token_urlsafe(32)
     home.write_secret(secret)
     return secret
+
+
+def _end_unused_serve() -> None:
+    """What Ray Serve keeps running without an application, in a Ray that goes on."""
+    from ray import serve
+
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 async def _apart(call: Callable[..., Any], *arguments: Any) -> None:
