@@ -10,6 +10,7 @@ import psutil
 import typer
 
 from cli.fleet_home import FleetHome, Record, only_fleet
+from cli.joined_ray import joined_ray
 from cli.local_ray import processes_in, put_away
 from cluster.errors import InvalidConfig, Unreachable
 
@@ -41,6 +42,8 @@ def end_fleet(record: Record, home: FleetHome) -> int:
         with contextlib.suppress(psutil.Error):
             supervisor.terminate()
             supervisor.wait(STOP_S)
+    elif record.address is not None:
+        _close_gateway(record, record.address)
     last = home.record() or record
     killed = _kill_left(last)
     if last.directory is not None:
@@ -49,6 +52,14 @@ def end_fleet(record: Record, home: FleetHome) -> int:
     if last.faults:
         raise Unreachable(f"{record.fleet} is down, but not in order: {'; '.join(last.faults)} (see {home.log_path})")
     return killed
+
+
+def _close_gateway(record: Record, address: str) -> None:
+    """In a joined Ray workers end with their supervisor, but the gateway does not."""
+    with joined_ray(address):
+        from gateway.deployment import shutdown
+
+        shutdown(record.fleet)
 
 
 def _kill_left(record: Record) -> int:

@@ -39,6 +39,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     directory: str | None = None
     """Where a local Ray keeps its files, by which its processes are known. None with a joined one."""
+    address: str | None = None
+    """Of a joined Ray."""
     faults: tuple[str, ...] = ()
     """What could not be ended in order; the record outlives its supervisor then."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from cli.joined_ray import ENVIRONMENT
 from cluster.fleet import NodeSpec
 
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least is 75 MiB; nothing large goes through it.
@@ -21,13 +22,6 @@ SHUTDOWN_S = 15.0  # Ray's GCS may hang on its last events; it is ended by pid t
 TERMINATE_S = 3.0
 LOG_BYTES = 16 * 2**20  # Of one process's log; with one older part kept.
 PR_SET_CHILD_SUBREAPER = 36
-
-
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Else Ray takes 127.0.0.1 for a mistake and looks for a reachable address.
-}
-"""Of whoever starts or joins a Ray."""
 
 
 def prepare_environment(directory: Path) -> None:

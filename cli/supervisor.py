@@ -24,7 +24,8 @@ import msgspec
 import psutil
 
 from cli.fleet_home import FleetHome, FleetStatus, Record, ReplicaStatus, identify
-from cli.local_ray import ENVIRONMENT, LocalRay, adopt_orphans, end_children, put_away, show_logs
+from cli.joined_ray import joined_ray
+from cli.local_ray import LocalRay, adopt_orphans, end_children, put_away, show_logs
 from cluster.errors import MobulaError, Permanent, Unreachable
 from cluster.fleet import Fleet
 from cluster.placement import NODE_LABEL
@@ -87,14 +88,15 @@ def _supervise(order: Order, home: FleetHome, tell: Tell) -> None:
     fleet = order.fleet
     url = f"http://{fleet.gateway.host}:{fleet.gateway.port}"
     directory = None if order.address else tempfile.mkdtemp(prefix="mobula-", dir="/tmp")  # Sockets' paths must be short.
-    record = Record(fleet=fleet.name, supervisor=identify(psutil.Process()), url=url, directory=directory)
+    supervisor = identify(psutil.Process())
+    record = Record(fleet=fleet.name, supervisor=supervisor, url=url, directory=directory, address=order.address)
     home.write_record(record)
     faults: tuple[str, ...] = ()
     try:
         with _ray(order, directory, home, tell):
             signal.signal(signal.SIGTERM, _exit)  # Ray has put its own in place.
-            supervisor = _Supervisor(fleet, _secret(fleet, home), url, home, tell, local=directory is not None)
-            faults = asyncio.run(supervisor.run())
+            running = _Supervisor(fleet, _secret(fleet, home), url, home, tell, local=directory is not None)
+            faults = asyncio.run(running.run())
     finally:
         home.clear()
         if faults:
@@ -120,18 +122,8 @@ def _ray(order: Order, directory: str | None, home: FleetHome, tell: Tell) -> It
             put_away(Path(directory), home.ray_logs_path)
     else:
         tell(Progress(kind="phase", text=f"Joining Ray at {order.address}"))
-        os.environ.update(ENVIRONMENT)
-        import ray
-
-        try:
-            ray.init(address=order.address, log_to_driver=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            hint = "RAY_AUTH_MODE and RAY_AUTH_TOKEN must be here what they were for `ray start`"
-            raise Unreachable(f"no Ray can be joined at {order.address}: {' '.join(str(error).split())}; {hint}") from error
-        try:
+        with joined_ray(order.address):
             yield
-        finally:
-            ray.shutdown()
 
 
 class _Supervisor:

@@ -5,12 +5,14 @@ import ipaddress
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 import yaml
@@ -19,7 +21,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from cli.local_ray import ENVIRONMENT
+from cli.fleet_home import Record
+from cli.joined_ray import ENVIRONMENT
 from tests.live.conftest import START_TIMEOUT_S, LiveFleet, eventually, free_port, mobula
 
 END_S = 60
@@ -78,26 +81,26 @@ def ours(holder: psutil.Process) -> list[str]:
     return [name for name in names if name.startswith("ray::") and "Agent" not in name and "IDLE" not in name]
 
 
-@pytest.mark.timeout(2 * START_TIMEOUT_S)
-def test_a_joined_fleet_serves_under_tls_and_leaves_the_ray_as_it_was(ray_cluster, tmp_path, model_dir):
-    address, holder = ray_cluster
-    write_certificates(tmp_path)
+def write_config(directory: Path, model_dir: Path, **more: object) -> Path:
+    """One prefill and one decode replica, emulated, on node `a`."""
     pace = {"shape": "llama-3.1-8b", "accelerator": "h100", "speedup": 20.0}
-    port = free_port()
     fleet = {
         "name": "joined",
         "models": [{"name": "tiny", "path": str(model_dir)}],
         "nodes": [{"name": "a"}],
-        "replicas": [
-            {"role": "prefill", "engine": "emulated", "pace": pace},
-            {"role": "decode", "engine": "emulated", "pace": pace},
-        ],
-        "gateway": {"port": port, "allow_anonymous": True},
-        "transport": {"tls_dir": "."},
+        "replicas": [{"role": role, "engine": "emulated", "pace": pace} for role in ("prefill", "decode")],
+        "gateway": {"port": free_port(), "allow_anonymous": True},
     }
-    config = tmp_path / "cluster.yaml"
-    config.write_text(yaml.safe_dump(fleet))
+    config = directory / "cluster.yaml"
+    config.write_text(yaml.safe_dump({**fleet, **more}))
+    return config
 
+
+@pytest.mark.timeout(2 * START_TIMEOUT_S)
+def test_a_joined_fleet_serves_under_tls_and_leaves_the_ray_as_it_was(ray_cluster, tmp_path, model_dir):
+    address, holder = ray_cluster
+    write_certificates(tmp_path)
+    config = write_config(tmp_path, model_dir, transport={"tls_dir": "."})
     before = ours(holder)
     up = mobula("up", "-f", str(config), "--address", address, home=tmp_path)
     assert up.returncode == 0, up.stderr
@@ -112,18 +115,25 @@ def test_a_joined_fleet_serves_under_tls_and_leaves_the_ray_as_it_was(ray_cluste
     assert os.listdir(tmp_path / "joined") == ["supervisor.log"]
 
 
+@pytest.mark.timeout(2 * START_TIMEOUT_S)
+def test_down_closes_the_gateway_of_a_supervisor_that_was_killed(ray_cluster, tmp_path, model_dir):
+    address, holder = ray_cluster
+    config = write_config(tmp_path, model_dir)
+    up = mobula("up", "-f", str(config), "--address", address, home=tmp_path)
+    assert up.returncode == 0, up.stderr
+    record = msgspec.json.decode((tmp_path / "joined/record.json").read_bytes(), type=Record)
+    psutil.Process(record.supervisor.pid).kill()
+    assert mobula("down", "joined", home=tmp_path).returncode == 0
+    eventually(lambda: not [name for name in ours(holder) if "mobula" in name or "Worker" in name], "all of ours ends", END_S)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(up.stdout.rsplit(":", 1)[1]))) != 0
+
+
 @pytest.mark.timeout(START_TIMEOUT_S)
 def test_a_ray_without_the_named_nodes_is_refused(ray_cluster, tmp_path, model_dir):
     address, holder = ray_cluster
-    pace = {"shape": "llama-3.1-8b", "accelerator": "h100"}
-    fleet = {
-        "models": [{"name": "tiny", "path": str(model_dir)}],
-        "nodes": [{"name": "elsewhere"}],
-        "replicas": [{"role": "mixed", "engine": "emulated", "pace": pace}],
-        "gateway": {"port": free_port(), "allow_anonymous": True},
-    }
-    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(fleet))
-    up = mobula("up", "-f", str(tmp_path / "cluster.yaml"), "--address", address, home=tmp_path)
+    config = write_config(tmp_path, model_dir, nodes=[{"name": "elsewhere"}])
+    up = mobula("up", "-f", str(config), "--address", address, home=tmp_path)
     assert (up.returncode, up.stdout) == (2, "")
     assert "no Ray node carries the label mobula-node=elsewhere" in up.stderr
     assert ours(holder) == []
