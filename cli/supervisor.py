@@ -191,7 +191,7 @@ class _Supervisor:
             await asyncio.wait([self._opening])
             if self._opening.exception() is None:
                 await _apart(shutdown, self._fleet.name)
-            if not self._served_before:
+            if not (self._local or self._served_before):
                 await _apart(_end_unused_serve)
 
     async def _end(self) -> tuple[str, ...]:

@@ -116,11 +116,11 @@ class Workers:
         ray.kill(handle, no_restart=True)
 
 
-def _cause(error: RayTaskError, plan: WorkerPlan) -> Exception:
+def _cause(error: RayTaskError, plan: WorkerPlan) -> MobulaError:
     """The worker's own error, without Ray's traceback around it, and with the replicas it was about."""
     cause = error.cause
     if not isinstance(cause, MobulaError):
-        return error
+        return Unreachable(f"{_names(plan)}: {type(cause).__name__}: {cause}")
     cause.args = (f"{_names(plan)}: {cause}",)
     return cause
 

@@ -18,13 +18,13 @@ END_S = 60
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch) -> Path:
+def config(tmp_path, monkeypatch, model_dir) -> Path:
     """A cluster.yaml of one emulated replica, with a home of its own."""
     monkeypatch.setenv("MOBULA_HOME", str(tmp_path))
     pace = {"shape": "llama-3.1-8b", "accelerator": "h100"}
     fleet = {
         "name": "cut",
-        "models": [{"name": "tiny", "path": "unused"}],
+        "models": [{"name": "tiny", "path": str(model_dir)}],
         "replicas": [{"role": "mixed", "engine": "emulated", "pace": pace}],
         "gateway": {"port": free_port(), "allow_anonymous": True},
     }
@@ -33,8 +33,7 @@ def config(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.timeout(START_TIMEOUT_S + END_S)
-def test_ctrl_c_while_the_gateway_opens_leaves_nothing(config, model_dir):
-    config.write_text(config.read_text().replace("unused", str(model_dir)))
+def test_ctrl_c_while_the_gateway_opens_leaves_nothing(config):
     home = FleetHome("cut")
     command = [sys.executable, "-m", "cli.main", "up", "-f", str(config)]
     with subprocess.Popen(command, start_new_session=True) as up:
@@ -49,8 +48,7 @@ def test_ctrl_c_while_the_gateway_opens_leaves_nothing(config, model_dir):
 
 
 @pytest.mark.timeout(START_TIMEOUT_S + END_S)
-def test_down_ends_what_a_killed_supervisor_left(config, model_dir, tmp_path):
-    config.write_text(config.read_text().replace("unused", str(model_dir)))
+def test_down_ends_what_a_killed_supervisor_left(config, tmp_path):
     home = FleetHome("cut")
     up = mobula("up", "-f", str(config), home=tmp_path)
     assert up.returncode == 0, up.stderr
@@ -63,3 +61,16 @@ def test_down_ends_what_a_killed_supervisor_left(config, model_dir, tmp_path):
     assert mobula("down", home=tmp_path).returncode == 0
     assert processes_in(Path(record.directory)) == []
     assert not Path(record.directory).exists()
+
+
+@pytest.mark.timeout(START_TIMEOUT_S + END_S)
+def test_sigterm_ends_a_fleet_in_the_foreground_in_order(config):
+    home = FleetHome("cut")
+    command = [sys.executable, "-m", "cli.main", "up", "-f", str(config), "--foreground"]
+    with subprocess.Popen(command, start_new_session=True) as up:
+        eventually(lambda: home.log_path.exists() and "ready: " in home.log_path.read_text(), "ready", START_TIMEOUT_S)
+        directory = Path(home.record().directory)
+        up.terminate()
+        assert up.wait(END_S) == 0
+    assert processes_in(directory) == []
+    assert home.record() is None
