@@ -29,6 +29,10 @@ class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a run amounted to. Latencies are those of completed requests; None where there was none."""
 
+    workload: str
+    """What was sent: trace or generator, which part of it, how scaled."""
+    target: str
+    """Model and server it was sent to."""
     requests: int
     completed: int
     rejected: int
@@ -62,7 +66,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Requests sent late because as many as allowed were in flight."""
 
 
-def summarise(load: Load, slo: Slo) -> Report:
+def summarise(load: Load, slo: Slo, *, workload: str = "", target: str = "") -> Report:
     """The report of a run that has ended."""
     samples = load.samples
     timings = [sample.timing for sample in samples]
@@ -74,6 +78,8 @@ def summarise(load: Load, slo: Slo) -> Report:
     span_s = (max(arrivals) - min(arrivals) if arrivals else 0.0) or elapsed_s
     output_tokens = sum(timing.output_tokens for timing in timings)
     return Report(
+        workload=workload,
+        target=target,
         requests=len(samples),
         completed=len(done),
         rejected=rejected,
@@ -124,7 +130,7 @@ def render(report: Report) -> Group:
         bound = bounds.get(name)
         latency.add_row(name, *cells, "" if bound is None else f"{1e3 * bound:,.0f}")
 
-    totals = Table(show_header=False, title="Requests", title_justify="left")
+    totals = Table(show_header=False, title=f"{report.workload}\non {report.target}".strip(), title_justify="left")
     totals.add_column()
     totals.add_column(justify="right")
     totals.add_row("offered", f"{report.requests} ({report.offered_rps:.2f}/s)")

@@ -54,12 +54,11 @@ def config(model_dir: Path):
 
 @pytest.fixture(scope="module")
 def home(config):
-    process, url = start(config, None, QUIET)
-    home = FleetHome("live")
+    process, url, home = start(config, None, QUIET)
     assert url == home.record().url
     yield home
     if (record := home.record()) is not None:
-        end_fleet(record)
+        end_fleet(record, home)
     process.wait(GONE_S)
 
 
@@ -156,9 +155,9 @@ def test_down_leaves_no_process_and_no_file(home):
     assert len(below) > 3
     directory = Path(below[0].environ()["RAY_TMPDIR"])
     assert directory.is_dir()
-    assert end_fleet(record) == 0
-    home.clear()
+    assert end_fleet(record, home) == 0
     psutil.wait_procs(below, GONE_S)
     assert [process for process in below if process.is_running()] == []
     assert not directory.exists()
-    assert [path.name for path in home.path.iterdir()] == ["supervisor.log"]
+    assert sorted(path.name for path in home.path.iterdir()) == ["logs", "supervisor.log"]
+    assert list(home.ray_logs_path.glob("worker-*.err"))
