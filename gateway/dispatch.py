@@ -364,7 +364,6 @@ class Dispatcher:
         if outcome == "completed":
             self._output_tokens[model] = mean + MEAN_WEIGHT * (len(generation.generated) - mean)
         self._metrics.ended(generation, outcome)
-        self._metrics.waiting(model, len(self._line(model)))
         if self._log is not None:
             self._log.write(generation, outcome)
         if not self.in_flight:
@@ -382,9 +381,10 @@ class Dispatcher:
     def _pump(self) -> None:
         """Send whoever waits and has room now."""
         now_s = time.time()
-        for line in self._lines.values():
+        for model, line in self._lines.items():
             while (generation := line.first(now_s)) is not None and self._advanced(generation, line, now_s):
                 pass
+            self._metrics.waiting(model, len(line))
 
     def _advanced(self, generation: Generation, line: _Line, now_s: float) -> bool:
         """Whether the first in line went on, or for ever away."""
