@@ -280,8 +280,12 @@ class Dispatcher:
         match line.queue.offer(entry, now_s, room_s=room_s):
             case Admitted():
                 return self._send(generation, route, now_s)
-            case Queued():
+            case Queued(displaced=displaced):
                 line.newcomers[request_id] = generation
+                if displaced is not None:
+                    message = f"its place, of {self._spec.max_queue} in the queue, went to a tenant with fewer"
+                    delay_s = line.queue.retry_after_s(now_s, room_s)
+                    self._fail(line.newcomers[displaced], Overloaded(message, delay_s=delay_s))
                 return True
             case Refused(reason=reason, retry_after_s=retry_after_s):
                 raise Overloaded(reason, delay_s=retry_after_s)
