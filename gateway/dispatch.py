@@ -276,7 +276,7 @@ class Dispatcher:
         entry = Entry(
             request_id=request.request_id, tenant=request.tenant, priority=request.priority, deadline_s=request.deadline_s
         )
-        room_s = route.retry_after_s if isinstance(route, Rejection) else RETRY_ROUTE_S if line.resuming else 0.0
+        room_s = route.retry_after_s if isinstance(route, Rejection) else RETRY_ROUTE_S if line.resuming else None
         match line.queue.offer(entry, now_s, room_s=room_s):
             case Admitted():
                 return self._send(generation, route, now_s)

@@ -63,11 +63,14 @@ class AdmissionQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def offer(self, entry: Entry, now_s: float, *, room_s: float) -> Admitted | Queued | Refused:
-        """room_s: when a replica is predicted to have room for it, seconds; 0 is now. A request id may wait once at a time."""
+    def offer(self, entry: Entry, now_s: float, *, room_s: float | None) -> Admitted | Queued | Refused:
+        """A request id may wait once at a time.
+
+        room_s: when a replica is predicted to have room for it, seconds; None where one has room now.
+        """
         self._sweep(now_s)
         assert entry.request_id not in self._waiting, f"request {entry.request_id} already waits"
-        if room_s <= 0 and not any(priority >= entry.priority for priority in self._lines):
+        if room_s is None and not any(priority >= entry.priority for priority in self._lines):
             return Admitted()
         if entry.deadline_s is not None and entry.deadline_s <= now_s:
             late_s = now_s - entry.deadline_s
@@ -124,14 +127,14 @@ class AdmissionQueue:
         """No entry expires before this; None when nobody waits."""
         return self._earliest_s if self._waiting else None
 
-    def retry_after_s(self, now_s: float, room_s: float = 0.0) -> float:
+    def retry_after_s(self, now_s: float, room_s: float | None = None) -> float:
         """Seconds until all that waits has gone on at the rate of the latest pops; before the first pop, at one every `room_s`.
 
         Never above the timeout, by which all of them are gone. A time in which nobody waited says nothing of the rate.
         """
         span_s = self._clock_s(now_s) - self._pops_s[0] if self._pops_s else 0.0
         each_s = span_s / len(self._pops_s) if span_s > 0 else room_s
-        return min(self._timeout_s, (len(self._waiting) + 1) * each_s if each_s > 0 else self._timeout_s)
+        return self._timeout_s if each_s is None else min(self._timeout_s, (len(self._waiting) + 1) * each_s)
 
     def _clock_s(self, now_s: float) -> float:
         """Seconds in which somebody waited."""

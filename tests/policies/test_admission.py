@@ -42,7 +42,7 @@ def test_every_entry_comes_out_once_in_time_and_the_bound_holds(operations, max_
         if what == "offer":
             deadline_s = None if patience_s is None else now_s + patience_s
             entry = Entry(request_id=str(number), tenant=tenant, priority=priority, deadline_s=deadline_s)
-            answer = queue.offer(entry, now_s, room_s=0.0 if room else 0.5)
+            answer = queue.offer(entry, now_s, room_s=None if room else 0.0)
             offered[entry.request_id] = min(now_s + 4.0, now_s + 9.0 if deadline_s is None else deadline_s)
             if isinstance(answer, Admitted | Refused):
                 ends[entry.request_id] += 1
@@ -112,10 +112,10 @@ def test_no_place_is_taken_of_another_priority():
 
 def test_nobody_overtakes_who_waits_with_the_same_priority():
     queue = AdmissionQueue()
-    assert isinstance(queue.offer(Entry(request_id="a"), 0.0, room_s=0.0), Admitted)
+    assert isinstance(queue.offer(Entry(request_id="a"), 0.0, room_s=None), Admitted)
     queued(queue, "b")
-    assert isinstance(queue.offer(Entry(request_id="c"), 0.0, room_s=0.0), Queued)
-    assert isinstance(queue.offer(Entry(request_id="d", priority=1), 0.0, room_s=0.0), Admitted)
+    assert isinstance(queue.offer(Entry(request_id="c"), 0.0, room_s=None), Queued)
+    assert isinstance(queue.offer(Entry(request_id="d", priority=1), 0.0, room_s=None), Admitted)
 
 
 def test_peek_gives_who_pop_will_give():
