@@ -276,12 +276,16 @@ class Dispatcher:
         entry = Entry(
             request_id=request.request_id, tenant=request.tenant, priority=request.priority, deadline_s=request.deadline_s
         )
-        room_s = route.retry_after_s if isinstance(route, Rejection) else RETRY_ROUTE_S if line.resuming else 0.0
+        room_s = route.retry_after_s if isinstance(route, Rejection) else RETRY_ROUTE_S if line.resuming else None
         match line.queue.offer(entry, now_s, room_s=room_s):
             case Admitted():
                 return self._send(generation, route, now_s)
-            case Queued():
+            case Queued(displaced=displaced):
                 line.newcomers[request_id] = generation
+                if displaced is not None:
+                    message = f"its place, of {self._spec.max_queue} in the queue, went to a tenant with fewer"
+                    delay_s = line.queue.retry_after_s(now_s, room_s)
+                    self._fail(line.newcomers[displaced], Overloaded(message, delay_s=delay_s))
                 return True
             case Refused(reason=reason, retry_after_s=retry_after_s):
                 raise Overloaded(reason, delay_s=retry_after_s)
@@ -364,7 +368,6 @@ class Dispatcher:
         if outcome == "completed":
             self._output_tokens[model] = mean + MEAN_WEIGHT * (len(generation.generated) - mean)
         self._metrics.ended(generation, outcome)
-        self._metrics.waiting(model, len(self._line(model)))
         if self._log is not None:
             self._log.write(generation, outcome)
         if not self.in_flight:
@@ -382,9 +385,10 @@ class Dispatcher:
     def _pump(self) -> None:
         """Send whoever waits and has room now."""
         now_s = time.time()
-        for line in self._lines.values():
+        for model, line in self._lines.items():
             while (generation := line.first(now_s)) is not None and self._advanced(generation, line, now_s):
                 pass
+            self._metrics.waiting(model, len(line))
 
     def _advanced(self, generation: Generation, line: _Line, now_s: float) -> bool:
         """Whether the first in line went on, or for ever away."""

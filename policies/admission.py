@@ -30,6 +30,8 @@ class Queued(msgspec.Struct, frozen=True, kw_only=True):
     """It waits: `pop` or `expire` will give it back."""
 
     deadline_s: float
+    displaced: str | None = None
+    """The request that gave up its place for it and is out: the newest of the tenant that holds most."""
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +43,8 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True):
 class AdmissionQueue:
     """The state machine. Every entry offered comes out once: admitted, refused, popped, expired or cancelled.
 
-    Higher priorities first; within one, tenants take turns, and a tenant's own requests go in order of arrival. Times are seconds
+    Higher priorities first; within one, tenants take turns, and a tenant's own requests go in order of arrival. Nor does a tenant
+    keep others out: of a full queue a priority's places are shared evenly between the tenants that ask for them. Times are seconds
     of one clock, which never goes back.
     """
 
@@ -60,26 +63,32 @@ class AdmissionQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def offer(self, entry: Entry, now_s: float, *, room_s: float) -> Admitted | Queued | Refused:
-        """room_s: when a replica is predicted to have room for it, seconds; 0 is now. A request id may wait once at a time."""
+    def offer(self, entry: Entry, now_s: float, *, room_s: float | None) -> Admitted | Queued | Refused:
+        """A request id may wait once at a time.
+
+        room_s: when a replica is predicted to have room for it, seconds; None where one has room now.
+        """
         self._sweep(now_s)
         assert entry.request_id not in self._waiting, f"request {entry.request_id} already waits"
-        if room_s <= 0 and not any(priority >= entry.priority for priority in self._lines):
+        if room_s is None and not any(priority >= entry.priority for priority in self._lines):
             return Admitted()
         if entry.deadline_s is not None and entry.deadline_s <= now_s:
             late_s = now_s - entry.deadline_s
             return Refused(reason=f"deadline passed {late_s:.3g} s ago", retry_after_s=self.retry_after_s(now_s, room_s))
         held = len(self._waiting) + len(self._expired)
-        if held >= self._max_waiting:
+        displaced = self._displaced_by(entry) if held >= self._max_waiting else None
+        if held >= self._max_waiting and displaced is None:
             reason = f"{held} requests wait, as many as max_queue {self._max_waiting} allows"
             return Refused(reason=reason, retry_after_s=self.retry_after_s(now_s, room_s))
+        if displaced is not None:
+            self._remove(displaced, now_s)
         if self._busy_since_s is None:
             self._busy_since_s = now_s
         deadline_s = min(now_s + self._timeout_s, math.inf if entry.deadline_s is None else entry.deadline_s)
         self._waiting[entry.request_id] = (entry, deadline_s)
         self._lines.setdefault(entry.priority, {}).setdefault(entry.tenant, {})[entry.request_id] = None
         self._earliest_s = min(self._earliest_s, deadline_s)
-        return Queued(deadline_s=deadline_s)
+        return Queued(deadline_s=deadline_s, displaced=None if displaced is None else displaced.request_id)
 
     def peek(self, now_s: float) -> Entry | None:
         """Who `pop` would give; None when nobody waits."""
@@ -118,18 +127,26 @@ class AdmissionQueue:
         """No entry expires before this; None when nobody waits."""
         return self._earliest_s if self._waiting else None
 
-    def retry_after_s(self, now_s: float, room_s: float = 0.0) -> float:
+    def retry_after_s(self, now_s: float, room_s: float | None = None) -> float:
         """Seconds until all that waits has gone on at the rate of the latest pops; before the first pop, at one every `room_s`.
 
         Never above the timeout, by which all of them are gone. A time in which nobody waited says nothing of the rate.
         """
         span_s = self._clock_s(now_s) - self._pops_s[0] if self._pops_s else 0.0
         each_s = span_s / len(self._pops_s) if span_s > 0 else room_s
-        return min(self._timeout_s, (len(self._waiting) + 1) * each_s if each_s > 0 else self._timeout_s)
+        return self._timeout_s if each_s is None else min(self._timeout_s, (len(self._waiting) + 1) * each_s)
 
     def _clock_s(self, now_s: float) -> float:
         """Seconds in which somebody waited."""
         return self._busy_s + (0.0 if self._busy_since_s is None else now_s - self._busy_since_s)
+
+    def _displaced_by(self, entry: Entry) -> Entry | None:
+        """Whose place it may take: the newest of the tenant with most, where that one has more even then."""
+        tenants = self._lines.get(entry.priority, {})
+        most = max(tenants.values(), key=len, default={})
+        if len(most) < len(tenants.get(entry.tenant, ())) + 2:
+            return None
+        return self._waiting[next(reversed(most))][0]
 
     def _sweep(self, now_s: float) -> None:
         if now_s < self._earliest_s:

@@ -56,7 +56,7 @@ class Segment:
         if size > len(self._buffer):
             self._buffer = bytearray(size)
         view = memoryview(self._buffer)[:size]
-        return view[: os.preadv(self._file, [view], offset)]
+        return view[: os.preadv(self._file, [view], offset)].toreadonly()
 
     def close(self) -> None:
         os.close(self._file)

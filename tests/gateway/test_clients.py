@@ -79,6 +79,27 @@ def test_keys_or_their_absence_must_be_chosen(spec):
         build_app(spec=spec, models={}, membership=None, transport=None, router=None, slos={})
 
 
+async def test_a_tenants_flood_leaves_room_for_another(serve, tmp_path):
+    path = str(tmp_path / "keys")
+    keys = {tenant: add_key(path, tenant) for tenant in ("acme", "bolt")}
+    fleet = FakeFleet("a", max_running=1)
+    fleet.workers["a"].hold = asyncio.Event()
+    async with serve(fleet, keys_file=path, max_queue=2) as served:
+
+        async def ask(tenant: str) -> int:
+            headers = {"authorization": f"Bearer {keys[tenant]}"}
+            return (await served.http.post("/v1/completions", json=OK, headers=headers)).status_code
+
+        flood = [asyncio.create_task(ask("acme")) for _ in range(3)]
+        await served.until(lambda: served.gateway.dispatcher.in_flight == 3)
+        other = asyncio.create_task(ask("bolt"))
+        await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED)
+        fleet.workers["a"].hold.set()
+        answers = sorted(await asyncio.gather(*flood))
+        assert await other == 200
+    assert answers == [200, 200, 429]
+
+
 async def test_metrics_count_requests_tokens_and_times(serve):
     async with serve(FakeFleet("a")) as served:
         for _ in range(3):

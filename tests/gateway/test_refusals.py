@@ -283,6 +283,21 @@ async def test_who_waits_too_long_is_counted_as_refused(serve):
     assert 'mobula_rejections_total{reason="Overloaded"} 1.0' in metrics
 
 
+async def test_the_queues_depth_is_told_while_requests_wait_and_after(serve):
+    fleet = FakeFleet("a", max_running=1)
+    fleet.workers["a"].hold = asyncio.Event()
+    async with serve(fleet) as served:
+        asked = [asyncio.create_task(served.client.completions.create(**OK)) for _ in range(3)]
+        await served.until(lambda: served.gateway.dispatcher.waiting == 2)
+        waiting = (await served.http.get("/metrics")).text
+        fleet.workers["a"].hold.set()
+        await asyncio.gather(*asked)
+        fleet.workers["a"].report()
+        none = (await served.http.get("/metrics")).text
+    assert f'mobula_queue_depth{{model="{MODEL}"}} 2.0' in waiting
+    assert f'mobula_queue_depth{{model="{MODEL}"}} 0.0' in none
+
+
 def test_a_taken_port_is_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -42,10 +42,12 @@ def test_every_entry_comes_out_once_in_time_and_the_bound_holds(operations, max_
         if what == "offer":
             deadline_s = None if patience_s is None else now_s + patience_s
             entry = Entry(request_id=str(number), tenant=tenant, priority=priority, deadline_s=deadline_s)
-            answer = queue.offer(entry, now_s, room_s=0.0 if room else 0.5)
+            answer = queue.offer(entry, now_s, room_s=None if room else 0.0)
             offered[entry.request_id] = min(now_s + 4.0, now_s + 9.0 if deadline_s is None else deadline_s)
             if isinstance(answer, Admitted | Refused):
                 ends[entry.request_id] += 1
+            if isinstance(answer, Queued) and answer.displaced:
+                ends[answer.displaced] += 1
             if isinstance(answer, Refused):
                 assert 0 <= answer.retry_after_s <= 4.0
         elif what == "pop" and (entry := queue.pop(now_s)) is not None:
@@ -90,12 +92,30 @@ def test_a_flood_from_one_tenant_does_not_starve_another(flood):
     assert popped(queue).index("y") <= 1
 
 
+@given(flood=st.integers(4, 40))
+def test_a_flood_from_one_tenant_does_not_keep_another_out_of_a_full_queue(flood):
+    queue = AdmissionQueue(max_waiting=4)
+    for number in range(flood):
+        queue.offer(Entry(request_id=f"x{number}", tenant="x"), 0.0, room_s=1.0)
+    answers = [queue.offer(Entry(request_id=f"y{number}", tenant="y"), 0.0, room_s=1.0) for number in range(3)]
+    assert [answer.displaced for answer in answers[:2]] == ["x3", "x2"]
+    assert isinstance(answers[2], Refused)
+    assert popped(queue) == ["x0", "y0", "x1", "y1"]
+
+
+def test_no_place_is_taken_of_another_priority():
+    queue = AdmissionQueue(max_waiting=2)
+    queued(queue, "a", priority=1)
+    queued(queue, "b", priority=1)
+    assert isinstance(queue.offer(Entry(request_id="c", tenant="y"), 0.0, room_s=1.0), Refused)
+
+
 def test_nobody_overtakes_who_waits_with_the_same_priority():
     queue = AdmissionQueue()
-    assert isinstance(queue.offer(Entry(request_id="a"), 0.0, room_s=0.0), Admitted)
+    assert isinstance(queue.offer(Entry(request_id="a"), 0.0, room_s=None), Admitted)
     queued(queue, "b")
-    assert isinstance(queue.offer(Entry(request_id="c"), 0.0, room_s=0.0), Queued)
-    assert isinstance(queue.offer(Entry(request_id="d", priority=1), 0.0, room_s=0.0), Admitted)
+    assert isinstance(queue.offer(Entry(request_id="c"), 0.0, room_s=None), Queued)
+    assert isinstance(queue.offer(Entry(request_id="d", priority=1), 0.0, room_s=None), Admitted)
 
 
 def test_peek_gives_who_pop_will_give():

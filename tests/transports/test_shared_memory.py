@@ -138,6 +138,7 @@ def test_what_one_end_writes_the_other_reads(segment):
     assert other.write(8, [memoryview(b"K"), memoryview(b"V")])
     other.close()
     assert segment.read(8, 2) == b"KV"
+    assert segment.read(8, 2).readonly
     assert (SHM_DIR / NAME).stat().st_mode & 0o777 == 0o600
 
 
