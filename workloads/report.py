@@ -66,7 +66,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Requests sent late because as many as allowed were in flight."""
 
 
-def summarise(load: Load, slo: Slo, *, workload: str = "", target: str = "") -> Report:
+def summarise(load: Load, slo: Slo, *, workload: str, target: str) -> Report:
     """The report of a run that has ended."""
     samples = load.samples
     timings = [sample.timing for sample in samples]
@@ -119,6 +119,7 @@ def render(report: Report) -> Group:
     """The report for people, for a rich console."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     latency = Table(title="Latency of completed requests (ms)", title_justify="left")
     for column in ("", "P50", "P90", "P99", "max", "SLO"):
@@ -130,7 +131,7 @@ def render(report: Report) -> Group:
         bound = bounds.get(name)
         latency.add_row(name, *cells, "" if bound is None else f"{1e3 * bound:,.0f}")
 
-    totals = Table(show_header=False, title=f"{report.workload}\non {report.target}".strip(), title_justify="left")
+    totals = Table(show_header=False, title="Requests", title_justify="left")
     totals.add_column()
     totals.add_column(justify="right")
     totals.add_row("offered", f"{report.requests} ({report.offered_rps:.2f}/s)")
@@ -144,4 +145,4 @@ def render(report: Report) -> Group:
         totals.add_row("[yellow]sent late at the in-flight bound[/]", f"[yellow]{report.held}[/]")
     for kind, count in report.errors.items():
         totals.add_row(f"[red]{kind}[/]", f"[red]{count}[/]")
-    return Group(totals, latency)
+    return Group(Text(f"{report.workload}, on {report.target}"), totals, latency)

@@ -72,7 +72,7 @@ class FakeActor:
 def started(fleet, monkeypatch):
     """Starts two workers of these handles."""
 
-    async def start(*actors: FakeActor) -> None:
+    async def start(*actors: FakeActor, bound_s: float = 60.0) -> None:
         waiting = iter(actors)
 
         class Remote:
@@ -84,7 +84,7 @@ def started(fleet, monkeypatch):
 
         monkeypatch.setattr(replicas.ray, "remote", lambda _: Remote())
         monkeypatch.setattr(replicas.ray, "kill", lambda actor, no_restart: setattr(actor, "killed", True))
-        await Workers(fleet, "secret", None).start(expand(fleet), lambda plan: None, bound_s=0.2)
+        await Workers(fleet, "secret", None).start(expand(fleet), lambda plan: None, bound_s=bound_s)
 
     return start
 
@@ -113,5 +113,5 @@ async def test_a_worker_that_dies_while_it_starts_is_named_with_its_node(started
 async def test_workers_that_never_get_ready_are_bounded(started):
     stuck = FakeActor(asyncio.Event().wait)
     with pytest.raises(Unreachable, match=r"workers: not all of 2 were ready within 0 s"):
-        await started(stuck, FakeActor())
+        await started(stuck, FakeActor(), bound_s=0.01)
     assert stuck.killed
