@@ -72,6 +72,8 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     version: int
     """Of the membership table."""
+    gateways: tuple[str, ...] = ()
+    """Each gateway replica at its own address, which nobody shares: where its metrics are to be scraped."""
     replicas: tuple[ReplicaStatus, ...]
 
 

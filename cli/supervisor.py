@@ -23,17 +23,16 @@ from typing import Any
 import msgspec
 import psutil
 
-from cli.fleet_home import FleetHome, FleetStatus, Record, ReplicaStatus, identify
+from cli.fleet_home import FleetHome, Record, identify
 from cli.joined_ray import joined_ray
 from cli.local_ray import LocalRay, adopt_orphans, end_children, put_away, show_logs
-from cluster.errors import MobulaError, Permanent, Unreachable
+from cli.status_answerer import StatusAnswerer
+from cluster.errors import MobulaError, Permanent
 from cluster.fleet import Fleet
 from cluster.placement import NODE_LABEL
-from cluster.replica import Phase, Replica
 
 log = logging.getLogger("mobula")
 
-STATUS_S = 2.0  # A worker that does not answer by then is shown without its load.
 GATEWAY_STOP_S = 45.0  # Its streams have 30 s to finish.
 SERVE = "serve"  # The namespace of Ray Serve's own actors.
 
@@ -170,7 +169,8 @@ class _Supervisor:
         await self._workers.start(plans, lambda plan: self._tell(Progress(kind="step", text=plan.worker_id)))
         self._tell(Progress(kind="phase", text="Opening the gateway"))
         await self._open_gateway()
-        await asyncio.start_unix_server(self._answer, self._home.socket_path)
+        answerer = StatusAnswerer(self._fleet.name, self._url, self._registry, self._workers)
+        await asyncio.start_unix_server(answerer.answer, self._home.socket_path)
         self._tell(Progress(kind="ready", text=self._url))
 
     async def _open_gateway(self) -> None:
@@ -205,63 +205,6 @@ class _Supervisor:
                     log.exception("the %s did not end in order", what)
                     faults.append(f"{what}: {str(error) or type(error).__name__}")
         return tuple(faults)
-
-    async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One status to whoever connects."""
-        try:
-            writer.write(msgspec.json.encode(await self._status()))
-            await writer.drain()
-        finally:
-            writer.close()
-
-    async def _status(self) -> FleetStatus:
-        membership = await self._registry.membership()
-        lost = await self._registry.lost()
-        rows = (*membership.replicas, *lost)
-        workers = sorted({row.worker_id for row in rows})
-        answers = await asyncio.gather(*map(self._ask, workers))
-        by_worker = dict(zip(workers, answers, strict=True))
-        return FleetStatus(
-            fleet=self._fleet.name,
-            url=self._url,
-            version=membership.version,
-            replicas=tuple(_row(row, by_worker[row.worker_id]) for row in rows),
-        )
-
-    async def _ask(self, worker_id: str) -> Any:
-        """A worker's status; None from one that drains or is stuck, LOST from one that is gone."""
-        try:
-            return await self._workers.call(worker_id, "status", STATUS_S)
-        except TimeoutError:
-            return None
-        except Unreachable:
-            return Phase.LOST
-
-
-def _row(row: Replica, worker: Any) -> ReplicaStatus:
-    status = ReplicaStatus(
-        replica_id=row.replica_id,
-        role=row.role.value,
-        phase=(worker if isinstance(worker, Phase) else row.phase).value,
-        model=row.model,
-        node=row.node,
-        worker_id=row.worker_id,
-        endpoint=row.endpoint,
-        kv_blocks=row.kv_blocks,
-    )
-    if worker is None or isinstance(worker, Phase):
-        return status
-    load = next(load for load in worker.loads if load.replica_id == row.replica_id)
-    return msgspec.structs.replace(
-        status,
-        pid=worker.pid,
-        metrics_url=worker.metrics_url,
-        running=load.running,
-        waiting=load.waiting,
-        kv_blocks_used=load.kv_blocks_used,
-        step_s=load.step_s,
-        power_w=load.power_w,
-    )
 
 
 def _secret(fleet: Fleet, home: FleetHome) -> str:

@@ -50,7 +50,7 @@ class CandidateRecord(msgspec.Struct, frozen=True, kw_only=True):
 class RouteRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Where a request went and why.
 
-    Fields as in `policies.policy.Route`, so that `msgspec.convert(route, RouteRecord, from_attributes=True)` makes one.
+    Fields as in `policies.route.Route`, so that `msgspec.convert(route, RouteRecord, from_attributes=True)` makes one.
     """
 
     decode: CandidateRecord

@@ -12,6 +12,7 @@ import ipaddress
 import itertools
 import json
 import math
+import os
 import re
 import socket
 import ssl
@@ -26,10 +27,11 @@ import msgspec
 import psutil
 import yaml
 
-from cluster.errors import InvalidConfig
+from cluster.errors import InvalidConfig, InvalidModel
 from cluster.fleet import Fleet, GatewaySpec, ModelSpec, NodeSpec, Pace, ReplicaGroup, RoutingSpec
 from cluster.kv import DTYPE_BYTES, KvLayout
 from cluster.placement import ReplicaPlan, WorkerPlan
+from workers.checkpoint import check_files
 
 MAX_CONFIG_BYTES = 2**20  # Ten thousand nodes by name are half of it.
 MAX_REPLICAS = 10_000  # The largest fleet whose decisions are budgeted.
@@ -61,6 +63,8 @@ def check_fleet(path: Path, fleet: Fleet, *, here: bool = True) -> None:
         check(fleet)
         if here:
             _check_memory(fleet)
+            if fleet.gateway.request_log:
+                _check_writable(Path(fleet.gateway.request_log), "gateway.request_log")
             _check_port_free(fleet.gateway.host, fleet.gateway.port)
 
 
@@ -295,10 +299,10 @@ def _check_model(fleet: Fleet, model: ModelSpec) -> None:
     """A path that looks like one must be a model directory; other names are left to the hub."""
     path = Path(model.path)
     if path.is_absolute() and any(group.engine == "torch" for group in fleet.replicas if model_of(fleet, group) is model):
-        if not path.is_dir():
-            raise InvalidConfig(f"models: {model.name}: path {path} is no directory")
-        if not (path / "config.json").is_file():
-            raise InvalidConfig(f"models: {model.name}: {path / 'config.json'} is missing")
+        try:
+            check_files(path)
+        except InvalidModel as error:
+            raise InvalidConfig(f"models: {model.name}: {error}") from error
 
 
 def _check_memory(fleet: Fleet) -> None:
@@ -371,6 +375,15 @@ def _check_gateway(gateway: GatewaySpec) -> None:
         raise InvalidConfig("gateway.keys_file is missing; to serve without keys, set gateway.allow_anonymous: true")
     if gateway.keys_file and not Path(gateway.keys_file).is_file():
         raise InvalidConfig(f"gateway.keys_file {gateway.keys_file} is no file")
+
+
+def _check_writable(directory: Path, place: str) -> None:
+    """A directory that is there, or can be made."""
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    if not nearest.is_dir():
+        raise InvalidConfig(f"{place} {directory}: {nearest} is no directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InvalidConfig(f"{place} {directory}: {nearest} cannot be written to")
 
 
 def _check_transport(fleet: Fleet) -> None:

@@ -23,7 +23,8 @@ from gateway.links import WorkerLinks
 from gateway.metrics import GatewayMetrics
 from gateway.request_log import RequestLog
 from policies.admission import AdmissionQueue, Admitted, Entry, Queued, Refused
-from policies.policy import Ask, Rejection, Route, Router
+from policies.policy import Router
+from policies.route import Ask, Rejection, Route
 from policies.routing_view import FleetView
 from transports.messages import Abort, BlockEvents, FromWorker, PrefillSource, Report, Resync, Submit, Tokens
 from transports.transport import Transport

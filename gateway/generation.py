@@ -9,7 +9,7 @@ from cluster.handoff import Token
 from cluster.kv import KvNamespace
 from cluster.request import Request
 from cluster.slo import RequestTiming
-from policies.policy import Ask, Route
+from policies.route import Ask, Route
 
 
 class Generation:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "mob"
 MAX_KEY_CHARS = 256
+MAX_PRIORITY = 100
 CHECK_S = 1.0  # A key that was taken out of the file opens nothing after so long.
 
 
@@ -32,6 +33,8 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     tenant: str
     sha256: str
     """Of the whole key, in hex."""
+    max_priority: int = 0
+    """The highest priority that its requests may ask for."""
 
 
 class Keyring:
@@ -89,11 +92,11 @@ def read_keys(path: str) -> list[KeyRecord]:
     return records
 
 
-def add_key(path: str, tenant: str) -> str:
+def add_key(path: str, tenant: str, max_priority: int = 0) -> str:
     """Append a fresh key to the file, made where it is missing, and return the key."""
     key_id = secrets.token_hex(4)
     key = f"{PREFIX}-{key_id}-{secrets.token_urlsafe(32)}"
-    record = KeyRecord(key_id=key_id, tenant=tenant, sha256=_digest(key))
+    record = KeyRecord(key_id=key_id, tenant=tenant, sha256=_digest(key), max_priority=max_priority)
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(handle, "ab") as file:

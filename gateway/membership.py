@@ -20,14 +20,14 @@ RETRY_S = 1.0
 SETTLE_S = 5.0  # Five heartbeats, by which every worker that lives has registered with a new registry.
 
 
-async def follow_registry(namespace: str) -> AsyncIterator[Membership]:
-    """Every table that differs from the one before, for ever."""
+async def follow_registry(namespace: str, address: str) -> AsyncIterator[Membership]:
+    """Every table that differs from the one before, for ever. `address`: this gateway replica's own, told to the registry."""
     handle, last = None, None
     while True:
         try:
             handle = handle or await asyncio.to_thread(ray.get_actor, REGISTRY_NAME, namespace)
             after = -1 if last is None else last.version
-            table = await asyncio.wait_for(handle.membership.remote(after, POLL_S), POLL_S + GRACE_S)
+            table = await asyncio.wait_for(handle.membership.remote(after, POLL_S, address), POLL_S + GRACE_S)
         except Exception as error:  # Whatever is wrong with Ray or the registry, the gateway serves on.
             logger.warning("registry %s in %s: %r; again in %.0f s", REGISTRY_NAME, namespace, error, RETRY_S)
             handle = None

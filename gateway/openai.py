@@ -18,7 +18,6 @@ from cluster.errors import Draining, InvalidRequest, MobulaError, NotAllowed, Ov
 from cluster.request import MAX_TOP_LOGPROBS, SamplingParams
 
 MAX_CHOICES = 128  # OpenAI's bound on n; here on prompts times n.
-MAX_PRIORITY = 100
 MAX_USER_CHARS = 256
 MAX_SECONDS = 3600  # Of a Retry-After.
 MAX_ERROR_CHARS = 1000  # An error names what it was given, which may be as long as a body.
@@ -115,7 +114,6 @@ def sampling(body: Body, *, max_tokens: int, logprobs: int | None) -> SamplingPa
     )
     params.check()
     within("n", body.n, 1, MAX_CHOICES)
-    within("priority", body.priority, -MAX_PRIORITY, MAX_PRIORITY)
     if any(not 0 <= token < 2**31 for token in params.stop_token_ids):
         raise InvalidRequest("a token id is outside [0, 2147483647]", param="stop_token_ids")
     if body.user is not None and len(body.user) > MAX_USER_CHARS:

@@ -4,7 +4,9 @@ import json
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from cluster.errors import InvalidConfig
 from cluster.fleet import Fleet
@@ -29,6 +31,8 @@ def write(tmp_path: Path):
     (tmp_path / "tiny").mkdir()
     config = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
     (tmp_path / "tiny/config.json").write_text(json.dumps(config))
+    (tmp_path / "tiny/tokenizer.json").write_text("{}")
+    save_file({"w": np.zeros(64, np.float32)}, tmp_path / "tiny/model.safetensors")
 
     (tmp_path / "junk").mkdir()
     for name in ("ca.pem", "cert.pem", "key.pem"):
@@ -100,7 +104,7 @@ REFUSED = {
     "model missing": ("path: tiny", "path: ./absent", "absent is no directory"),
     "no router": ("gateway:", "routing: {use: 'policies.policy:Rooter'}\ngateway:", "routing.use 'policies.policy:Rooter' cannot be imported"),
     "unknown setting of the router": ("gateway:", "routing: {settings: {wieght: 1}}\ngateway:", "routing.settings do not fit policies"),
-    "more KV than memory": ("count: 3, kv_blocks: 64, pace: {shape: llama-3.1-8b, accelerator: a100-80g}", "count: 3, kv_blocks: 1000000000", "1000000000 kv_blocks, 8192000000000 bytes, and 0 of weights) bring the fleet to"),
+    "more KV than memory": ("count: 3, kv_blocks: 64, pace: {shape: llama-3.1-8b, accelerator: a100-80g}", "count: 3, kv_blocks: 1000000000", "1000000000 kv_blocks, 8192000000000 bytes, and 328 of weights) bring the fleet to"),
     "more KV than the accelerator that is played": ("count: 3, kv_blocks: 64", "count: 3, engine: emulated, kv_blocks: 40000", "above 80000000000, the memory of 1 x a100-80g"),
     "a model above the accelerator that is played": ("shape: llama-3.1-8b, accelerator: h100", "shape: llama-3.1-70b, accelerator: h100", "replicas[0]: 64 kv_blocks of llama-3.1-70b are"),
     "block sizes that cannot be handed over": ("count: 3,", "count: 3, block_tokens: 32,", "block_tokens is 16 in replicas[0] but 32 in replicas[1]"),
@@ -144,6 +148,27 @@ def test_weights_count_towards_the_memory_of_each_node(write):
     block = 2 * 2 * 2 * 16 * 16 * 4  # Keys and values x layers x heads x width x tokens x bytes.
     replica = 64 * block + 1000
     assert memory_by_node(load_fleet(path)) == {"a": 2 * replica, "b": 2 * replica}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_checkpoint_that_lacks_a_file_is_refused_before_anything_starts(write, tmp_path: Path, name: str):
+    (tmp_path / "tiny" / name).unlink()
+    with pytest.raises(InvalidConfig, match=f"models: tiny: .*tiny/{name} is missing"):
+        read_fleet(write(GOOD))
+
+
+def test_a_truncated_checkpoint_is_refused_before_anything_starts(write, tmp_path: Path):
+    weights = tmp_path / "tiny/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(InvalidConfig, match=r"model.safetensors is truncated or broken"):
+        read_fleet(write(GOOD))
+
+
+def test_a_request_log_that_cannot_be_is_refused(write, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    path = write(GOOD.replace("allow_anonymous: true", "allow_anonymous: true, request_log: file/log"))
+    with pytest.raises(InvalidConfig, match=r"gateway.request_log .*/file/log: .*/file is no directory"):
+        read_fleet(path)
 
 
 def test_a_fleet_for_other_machines_is_not_measured_by_this_one(write):

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from cli.keys import app as keys_app
 from cluster.errors import InvalidConfig, NotAllowed
 from gateway.keys import CHECK_S, Keyring, add_key, read_keys
+from tests.gateway.fake_fleet import MODEL, FakeFleet
 
 
 class Clock:
@@ -49,6 +50,19 @@ def test_a_file_that_cannot_be_read_any_more_leaves_the_keys_and_is_told_once(tm
     assert f"keys file {path}" in caplog.text
 
 
+async def test_a_key_bounds_the_priority_that_its_requests_may_ask_for(serve, tmp_path):
+    path = str(tmp_path / "keys")
+    plain, urgent = add_key(path, "acme"), add_key(path, "acme", max_priority=5)
+    asked = {"model": MODEL, "prompt": "ab", "max_tokens": 1, "priority": 5}
+    async with serve(FakeFleet("a"), keys_file=path) as served:
+        refused, taken = [
+            await served.http.post("/v1/completions", json=asked, headers={"authorization": f"Bearer {key}"})
+            for key in (plain, urgent)
+        ]
+    assert refused.json()["error"]["message"] == "priority 5 is outside [-100, 0]"
+    assert (refused.status_code, taken.status_code) == (400, 200)
+
+
 def test_keys_are_shown_once_and_kept_as_hashes(tmp_path):
     path = tmp_path / "keys"
     added = CliRunner().invoke(keys_app, ["add", str(path), "--tenant", "acme"])
@@ -56,7 +70,7 @@ def test_keys_are_shown_once_and_kept_as_hashes(tmp_path):
     key = added.output.strip()
     assert key.startswith("mob-")
     assert key.split("-", 2)[2] not in path.read_text()
-    assert listed.output.split() == [key.split("-")[1], "acme"]
+    assert listed.output.split() == [key.split("-")[1], "acme", "0"]
     assert path.stat().st_mode & 0o077 == 0
 
 

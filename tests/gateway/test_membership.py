@@ -24,7 +24,7 @@ class Handle:
         self.asked: list[int] = []
         self.membership = self
 
-    def remote(self, after_version: int, timeout_s: float) -> Awaitable[Membership]:
+    def remote(self, after_version: int, timeout_s: float, gateway: str) -> Awaitable[Membership]:
         self.asked.append(after_version)
         answer: asyncio.Future[Membership] = asyncio.get_running_loop().create_future()
         if self.script:
@@ -54,7 +54,7 @@ def registries(monkeypatch) -> Callable[..., None]:
 
 
 async def tables(count: int) -> list[Membership]:
-    following = follow_registry("mobula-test")
+    following = follow_registry("mobula-test", "127.0.0.1:1")
     async with asyncio.timeout(5):
         told = [await anext(following) for _ in range(count)]
     await following.aclose()

@@ -12,7 +12,6 @@ import pytest
 import pytest_asyncio
 
 from cluster.errors import InvalidConfig
-from cluster.fleet import GatewaySpec
 from cluster.handoff import Token
 from cluster.record import RequestRecord
 from gateway.server import listen
@@ -304,4 +303,4 @@ def test_a_taken_port_is_named():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InvalidConfig, match=f"127.0.0.1:{port}: Address already in use"):
-            listen(GatewaySpec(port=port, allow_anonymous=True))
+            listen("127.0.0.1", port)

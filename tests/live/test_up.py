@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from rich.console import Console
@@ -35,7 +37,7 @@ nodes: [{name: a}, {name: b}]
 replicas:
   - {role: prefill, engine: emulated, pace: {shape: llama-3.1-8b, accelerator: h100}}
   - {role: decode, count: 2, engine: emulated, pace: {shape: llama-3.1-8b, accelerator: h100}}
-gateway: {port: PORT, allow_anonymous: true}
+gateway: {port: PORT, allow_anonymous: true, replicas: 2}
 """
 
 
@@ -109,6 +111,20 @@ def test_all_that_is_ours_listens_on_loopback_only(home):
         with contextlib.suppress(psutil.NoSuchProcess):
             listening = [c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
             assert {ip for ip in listening if ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")} == set(), process.cmdline()
+
+
+def requests_seen(metrics: str) -> float:
+    return sum(float(value) for value in re.findall(r"^mobula_requests_total\{[^}]*\} (\S+)$", metrics, re.MULTILINE))
+
+
+def test_each_gateway_replica_counts_for_itself_at_its_own_address(home):
+    now = until(home, lambda now: len(now.gateways) == 2)
+    for _ in range(12):  # A connection each: the kernel gives them to either.
+        answer = httpx.post(f"{now.url}/v1/completions", json={"model": "tiny", "prompt": "one", "max_tokens": 2})
+        assert answer.status_code == 200, answer.text
+    seen = [requests_seen(httpx.get(f"{url}/metrics").text) for url in now.gateways]
+    assert sum(seen) == 12
+    assert len(set(now.gateways)) == 2
 
 
 def test_the_secret_is_its_owners_alone(home):

@@ -9,7 +9,7 @@ from cluster.errors import InvalidConfig
 from cluster.kv import KvCleared, KvStored
 from cluster.performance import PerformanceModel
 from cluster.replica import Phase, Role
-from policies.policy import Rejection, Route
+from policies.route import Rejection, Route
 from policies.routing import TERMS, PredictedLatencyRouter
 from policies.routing_view import FleetView
 

@@ -6,13 +6,11 @@ attention exactly once; then a few tokens, and the logits must be those that it 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -20,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cluster.errors import InvalidConfig, InvalidModel
 from cluster.kv import DTYPE_BYTES, KvLayout, blocks_for
+from workers.checkpoint import check_files
 from workers.engines.detokenizer import token_table
 from workers.engines.torch_engine import attention
 from workers.engines.torch_engine.attention import Span, StepAttention
@@ -48,7 +47,7 @@ def load(path: str, *, block_tokens: int, dtype: str, device: torch.device) -> C
     _check_dtype(dtype, device)
     config = _config(directory)
     _refuse_unsupported(config, directory)
-    _check_weights(directory)
+    check_files(directory)
     tokenizer = _tokenizer(directory)
     model = _model(directory, config, dtype).to(device).eval()
     ids = (torch.arange(TRIAL_TOKENS, device=device) % config.vocab_size).unsqueeze(0)
@@ -104,31 +103,8 @@ def _refuse_unsupported(config: PretrainedConfig, directory: Path) -> None:
         raise InvalidModel(f"{where} is quantised ({method}); only plain weights are served")
 
 
-def _check_weights(directory: Path) -> None:
-    index = directory / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidModel(f"{index} does not parse: {error!r}") from error
-        if not files:
-            raise InvalidModel(f"{index} names no file")
-    for name in files:
-        file = directory / name
-        if not file.is_file():
-            raise InvalidModel(f"{file} is missing")
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InvalidModel(f"{file} is truncated or broken: {error}") from error
-
-
 def _tokenizer(directory: Path) -> Tokenizer:
     file = directory / "tokenizer.json"
-    if not file.is_file():
-        raise InvalidModel(f"{file} is missing")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # The library raises bare Exceptions.
