@@ -22,9 +22,9 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
+from benchmarks.random_model import save_random
 from cluster.request import Request, SamplingParams
 from workers.engines.engine import StepOutput, Submission
 from workers.engines.torch_engine.engine import TorchEngine
@@ -199,7 +199,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
-        path = checkpoint(Path(folder))
+        path = save_random(CONFIG, Path(folder))
         bare, engine = Bare(path), Engine(path)
         torch.set_num_threads(THREADS)
         rows = {key: _compare(tokens, measure, bare, engine) for key, (tokens, measure) in CASES.items()}
@@ -253,16 +253,6 @@ def _print(rows: dict[str, tuple[float, float, float]], vllm_tokens_s: dict[str,
 def _prompts(rows: int, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(length)
     return torch.randint(0, 256, (rows, length), generator=generator)
-
-
-def checkpoint(path: Path) -> Path:
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(path)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(path / "tokenizer.json"))
-    return path
 
 
 if __name__ == "__main__":

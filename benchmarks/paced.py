@@ -20,7 +20,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engine import CONTEXT, Engine, checkpoint
+from benchmarks.engine import CONFIG, CONTEXT, Engine
+from benchmarks.random_model import save_random
 from cluster.fleet import Pace
 from workers.build_engine import performance_of
 
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = checkpoint(Path(folder))
+        path = save_random(CONFIG, Path(folder))
         rows = {replicas: measure(path, replicas) for replicas in REPLICAS}
     _print(rows)
     if arguments.json:

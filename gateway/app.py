@@ -300,7 +300,8 @@ def _check_prompt(prompt: list[int], vocabulary: int, wanted: int | None, contex
     if not prompt:
         raise InvalidRequest("the prompt has no tokens", param="prompt")
     if min(prompt) < 0 or max(prompt) >= vocabulary:
-        raise InvalidRequest(f"a token id is outside [0, {vocabulary - 1}], the vocabulary of {model}", param="prompt")
+        wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+        raise InvalidRequest(f"token id {wrong} is outside [0, {vocabulary - 1}], the vocabulary of {model}", param="prompt")
     least = 1 if wanted is None else max(1, wanted)
     if len(prompt) + least > context:
         what = f"prompt of {len(prompt)} tokens and max_tokens {least}"

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 
-from cluster.errors import Draining, InvalidRequest, MobulaError, Overloaded, Unreachable
+from cluster.errors import Draining, InvalidRequest, MobulaError, Overloaded, Temporary, Unreachable
 from cluster.fleet import GatewaySpec
 from cluster.handoff import Token
 from cluster.kv import KvNamespace, block_hashes
@@ -422,10 +422,14 @@ class Dispatcher:
 
     def _expire(self, now_s: float) -> None:
         timeout_s = self._spec.queue_timeout_s
-        for line in self._lines.values():
+        for model, line in self._lines.items():
             for generation in line.overdue(now_s, timeout_s):
-                message = f"no replica had room for {timeout_s} s, as long as a request may wait"
-                self._fail(generation, Overloaded(message, delay_s=line.queue.retry_after_s(now_s)))
+                waited = f"for {timeout_s} s, as long as a request may wait"
+                if self.ready(model):
+                    error: Temporary = Overloaded(f"no replica had room {waited}", delay_s=line.queue.retry_after_s(now_s))
+                else:
+                    error = Unreachable(f"no replica of {model} was ready {waited}")
+                self._fail(generation, error)
 
     async def _follow_membership(self) -> None:
         async for membership in self._membership:

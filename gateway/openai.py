@@ -18,6 +18,7 @@ from cluster.errors import Draining, InvalidRequest, MobulaError, NotAllowed, Ov
 from cluster.request import MAX_TOP_LOGPROBS, SamplingParams
 
 MAX_CHOICES = 128  # OpenAI's bound on n; here on prompts times n.
+MAX_TOKEN_ID = 2**31 - 1
 MAX_USER_CHARS = 256
 MAX_SECONDS = 3600  # Of a Retry-After.
 MAX_ERROR_CHARS = 1000  # An error names what it was given, which may be as long as a body.
@@ -114,8 +115,8 @@ def sampling(body: Body, *, max_tokens: int, logprobs: int | None) -> SamplingPa
     )
     params.check()
     within("n", body.n, 1, MAX_CHOICES)
-    if any(not 0 <= token < 2**31 for token in params.stop_token_ids):
-        raise InvalidRequest("a token id is outside [0, 2147483647]", param="stop_token_ids")
+    for token in params.stop_token_ids:
+        within("stop_token_ids", token, 0, MAX_TOKEN_ID)
     if body.user is not None and len(body.user) > MAX_USER_CHARS:
         raise InvalidRequest(f"{len(body.user)} characters above {MAX_USER_CHARS}", param="user")
     if body.stream_options is not None and not body.stream:

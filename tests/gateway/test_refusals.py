@@ -282,6 +282,21 @@ async def test_who_waits_too_long_is_counted_as_refused(serve):
     assert 'mobula_rejections_total{reason="Overloaded"} 1.0' in metrics
 
 
+async def test_who_waits_for_a_model_whose_replicas_are_gone_is_told_so(serve):
+    fleet = FakeFleet("a", max_running=1)
+    fleet.workers["a"].hold = asyncio.Event()
+    async with serve(fleet, queue_timeout_s=0.5) as served:
+        asked = [asyncio.create_task(served.http.post("/v1/completions", json=OK)) for _ in range(2)]
+        await served.until(lambda: served.gateway.dispatcher.waiting == 1)
+        fleet.empty()
+        done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        fleet.workers["a"].hold.set()
+        refused = done.pop().result()
+        await asyncio.wait(asked)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["message"] == f"no replica of {MODEL} was ready for 0.5 s, as long as a request may wait"
+
+
 async def test_the_queues_depth_is_told_while_requests_wait_and_after(serve):
     fleet = FakeFleet("a", max_running=1)
     fleet.workers["a"].hold = asyncio.Event()
