@@ -7,6 +7,7 @@ MobulaError
 │   └── Draining            the replica finishes what it has and takes nothing new
 └── Permanent               the same call will fail again
     ├── InvalidRequest      a client's request is out of bounds; `param` names the field
+    ├── DeadlineExceeded    a request had no token by its own deadline
     ├── InvalidConfig       an operator's file or flag is out of bounds
     ├── InvalidModel        a checkpoint is missing, truncated or of an unsupported kind
     ├── InvalidTrace        a trace file's line does not parse
@@ -54,6 +55,10 @@ class InvalidRequest(Permanent):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class DeadlineExceeded(Permanent):
+    """A request had no token by its own deadline: nobody waits for the answer any more."""
 
 
 class InvalidConfig(Permanent):
