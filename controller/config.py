@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import ipaddress
 import itertools
 import json
@@ -28,9 +27,11 @@ import psutil
 import yaml
 
 from cluster.errors import InvalidConfig, InvalidModel
-from cluster.fleet import Fleet, GatewaySpec, ModelSpec, NodeSpec, Pace, ReplicaGroup, RoutingSpec
+from cluster.fleet import Fleet, GatewaySpec, ModelSpec, NodeSpec, Pace, ReplicaGroup
 from cluster.kv import DTYPE_BYTES, KvLayout
 from cluster.placement import ReplicaPlan, WorkerPlan
+from policies.import_path import make_policy
+from policies.policy import Router
 from workers.checkpoint import check_files
 
 MAX_CONFIG_BYTES = 2**20  # Ten thousand nodes by name are half of it.
@@ -100,7 +101,7 @@ def check(fleet: Fleet) -> None:
     _check_roles(fleet)
     _check_gateway(fleet.gateway)
     _check_transport(fleet)
-    _check_router(fleet.routing)
+    make_policy(fleet.routing.use, fleet.routing.settings, place="routing", kind=Router)
     _check_slo(fleet)
     for model in fleet.models:
         _check_model(fleet, model)
@@ -429,20 +430,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _check_router(routing: RoutingSpec) -> None:
-    module, _, name = routing.use.partition(":")
-    try:
-        router = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidConfig(f"routing.use {routing.use!r} cannot be imported as module:Class: {error}") from error
-    try:
-        made = router(**routing.settings)
-    except (TypeError, ValueError) as error:
-        raise InvalidConfig(f"routing.settings do not fit {routing.use}: {error}") from error
-    if not hasattr(made, "route"):
-        raise InvalidConfig(f"routing.use {routing.use!r} makes no Router: {type(made).__name__} has no method route")
 
 
 def _check_port_free(host: str, port: int) -> None:

@@ -19,6 +19,7 @@ from ray.serve.config import ProxyLocation
 
 from cluster.errors import Unreachable
 from cluster.fleet import Fleet
+from cluster.placement import namespace_of
 from gateway.app import build_app
 from gateway.membership import follow_registry
 from gateway.routers import make_router
@@ -104,7 +105,7 @@ def _application(fleet: Fleet, secret: str, address: str) -> FastAPI:
     return build_app(
         spec=fleet.gateway,
         models={model.name: model for model in fleet.models},
-        membership=lambda: follow_registry(f"mobula-{fleet.name}", address),
+        membership=lambda: follow_registry(namespace_of(fleet.name), address),
         transport=transport,
         router=make_router(fleet.routing),
         slos=fleet.slo,

@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator
 import msgspec
 import ray
 
+from cluster.placement import REGISTRY_NAME
 from cluster.replica import Membership
 
 logger = logging.getLogger(__name__)
 
-REGISTRY_NAME = "mobula-registry"
 POLL_S = 10.0
 GRACE_S = 5.0  # Beyond POLL_S the registry is taken for gone.
 RETRY_S = 1.0

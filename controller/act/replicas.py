@@ -12,9 +12,9 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.errors import InvalidConfig, MobulaError, Unreachable
 from cluster.fleet import Fleet
-from cluster.placement import NODE_LABEL, WorkerPlan
+from cluster.placement import NODE_LABEL, REGISTRY_NAME, WorkerPlan, namespace_of
 from controller.config import memory_by_node
-from controller.registry import REGISTRY_NAME, Registry, RegistryClient, namespace_of
+from controller.registry import Registry, RegistryClient
 from workers.worker import DRAIN_S
 from workers.worker_process import WorkerProcess
 

@@ -117,7 +117,7 @@ REFUSED = {
     "too many threads": ("count: 3,", "count: 3, threads: 100000,", "replicas[1].threads 100000 is above 1024"),
     "model name with a line break": ("{name: tiny,", '{name: "a\\nb",', "models[0].name 'a\\nb' is not 1 to 200 characters without spaces"),
     "certificates that are none": ("gateway:", "transport: {tls_dir: junk}\ngateway:", "do not load"),
-    "a router that is none": ("gateway:", "routing: {use: 'os:getcwd'}\ngateway:", "'os:getcwd' makes no Router: str has no method route"),
+    "a router that is none": ("gateway:", "routing: {use: 'os:getcwd'}\ngateway:", "'os:getcwd' makes str, which is no policies.policy.Router"),
     "a date that is none": ("name: demo", "name: 2020-13-45", "is no YAML: month must be in 1..12"),
     "no YAML": ("models: [", "models: [[", "is no YAML"),
 }  # fmt: skip

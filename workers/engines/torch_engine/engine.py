@@ -23,10 +23,10 @@ from cluster.handoff import RequestState, Token
 from cluster.kv import BLOCK_TOKENS, KvEvent, KvLayout, KvNamespace, block_hashes, blocks_for
 from cluster.performance import PerformanceModel
 from cluster.request import Request
+from workers.engines.block_pool import BlockPool
 from workers.engines.detokenizer import Detokenizer
 from workers.engines.engine import EngineCapabilities, EngineLimits, EngineLoad, KvExport, KvImport, Sink, StepOutput, Submission
 from workers.engines.torch_engine.attention import Span, StepAttention
-from workers.engines.torch_engine.block_pool import BlockPool
 from workers.engines.torch_engine.handover import PromptExport, ReservedImport
 from workers.engines.torch_engine.kv_tensors import KvTensors
 from workers.engines.torch_engine.loading import load
