@@ -12,11 +12,15 @@ batch 8 to 623 W at 512), and prompts run near TDP, as measured on A100 (Splitwi
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from cluster.errors import InvalidConfig
 from cluster.hardware import Accelerator
 from cluster.models import ModelShape
+
+MAX_STEPS = 2**31 - 1  # `decode_steps_within` of a model without pace; no output is longer.
 
 
 class PerformanceModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +62,22 @@ class PerformanceModel(msgspec.Struct, frozen=True, kw_only=True):
     def decode_span_s(self, batch: int, kv_tokens: int, steps: int) -> float:
         """Seconds of `steps` decode steps in a row; each leaves `batch` more KV tokens to the next."""
         return steps * self.decode_step_s(batch, kv_tokens) + (steps * (steps - 1) // 2) * (batch * self.kv_token_s)
+
+    def decode_steps_within(self, batch: int, kv_tokens: int, seconds: float) -> int:
+        """Most steps whose `decode_span_s` is at most `seconds` >= 0; never above MAX_STEPS."""
+        first, growth = self.decode_step_s(batch, kv_tokens), batch * self.kv_token_s
+        if first == 0.0:
+            return MAX_STEPS
+        # The positive root of growth/2 n^2 + linear n = seconds, in whichever form does not cancel.
+        linear = first - growth / 2
+        discriminant = math.sqrt(linear * linear + 2 * growth * seconds)
+        root = 2 * seconds / (linear + discriminant) if linear > 0.0 else (discriminant - linear) / growth
+        steps = math.floor(min(root, MAX_STEPS))
+        while steps > 0 and self.decode_span_s(batch, kv_tokens, steps) > seconds:
+            steps -= 1
+        while steps < MAX_STEPS and self.decode_span_s(batch, kv_tokens, steps + 1) <= seconds:
+            steps += 1
+        return steps
 
     def power_w(self, prefill_tokens: int, prefill_pairs: int, sequences: int, kv_tokens: int) -> float:
         """Watts during such a step; `idle_w` where it computes nothing."""

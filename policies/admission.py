@@ -123,10 +123,6 @@ class AdmissionQueue:
         self._remove(self._waiting[request_id][0], now_s)
         return True
 
-    def next_deadline_s(self) -> float | None:
-        """No entry expires before this; None when nobody waits."""
-        return self._earliest_s if self._waiting else None
-
     def retry_after_s(self, now_s: float, room_s: float | None = None) -> float:
         """Seconds until all that waits has gone on at the rate of the latest pops; before the first pop, at one every `room_s`.
 

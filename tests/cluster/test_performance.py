@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cluster.performance import PerformanceModel, causal_pairs
+from cluster.performance import MAX_STEPS, PerformanceModel, causal_pairs
 
 seconds = st.floats(0.0, 0.1, allow_subnormal=False)
 counts = st.integers(0, 100_000)
@@ -44,6 +44,24 @@ def test_decode_step_is_affine_in_kv(model: PerformanceModel, batch: int, kv: in
 def test_span_is_the_sum_of_its_steps(model: PerformanceModel, batch: int, kv: int, steps: int) -> None:
     total = math.fsum(model.decode_step_s(batch, kv + step * batch) for step in range(steps))
     assert model.decode_span_s(batch, kv, steps) == pytest.approx(total, rel=1e-12)
+
+
+@given(models, st.integers(1, 512), counts, st.integers(0, 20_000))
+def test_steps_within_a_span_are_the_steps_of_that_span(model: PerformanceModel, batch: int, kv: int, steps: int) -> None:
+    assert model.decode_steps_within(batch, kv, model.decode_span_s(batch, kv, steps)) == steps
+
+
+@given(models, st.integers(1, 512), counts, st.floats(0.0, 1000.0))
+def test_steps_within_is_the_largest_that_fits(model: PerformanceModel, batch: int, kv: int, within_s: float) -> None:
+    steps = model.decode_steps_within(batch, kv, within_s)
+    assert model.decode_span_s(batch, kv, steps) <= within_s < model.decode_span_s(batch, kv, steps + 1)
+
+
+@pytest.mark.parametrize("within_s", [0.0, 1e-9, 1e-5, 1.0])
+def test_steps_within_holds_where_growth_outweighs_the_first_step(within_s: float) -> None:
+    model = PerformanceModel(step_s=1e-5, prefill_token_s=0.0, kv_token_s=1e-3)
+    steps = model.decode_steps_within(512, 0, within_s)
+    assert model.decode_span_s(512, 0, steps) <= within_s < model.decode_span_s(512, 0, steps + 1)
 
 
 @given(models, st.integers(1, 20_000), st.data())
@@ -86,5 +104,6 @@ def test_scaling_divides_every_time_and_no_watts(model: PerformanceModel, speedu
     assert faster.power_w(*step) == pytest.approx(model.power_w(*step), rel=1e-9)
 
 
-def test_a_model_without_pace_takes_no_time() -> None:
+def test_a_model_without_pace_takes_no_time_and_fits_every_step() -> None:
     assert UNPACED.step_time_s(9, 9, 9, 9) == 0.0
+    assert UNPACED.decode_steps_within(8, 100, 0.0) == MAX_STEPS

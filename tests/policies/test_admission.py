@@ -162,13 +162,3 @@ def test_the_answer_is_the_time_that_draining_at_the_rate_of_late_takes_however_
         queued(queue, f"waiting {number}", now_s)
     refused = queue.offer(Entry(request_id="late"), now_s, room_s=1.0)
     assert refused.retry_after_s == pytest.approx((waiting + 2) * every_s, rel=0.5)
-
-
-def test_the_next_deadline_is_the_earliest():
-    queue = AdmissionQueue(timeout_s=30.0)
-    assert queue.next_deadline_s() is None
-    queued(queue, "a")
-    queued(queue, "b", deadline_s=5.0)
-    assert queue.next_deadline_s() == 5.0
-    assert [entry.request_id for entry in queue.expire(5.0)] == ["b"]
-    assert queue.next_deadline_s() == 30.0
