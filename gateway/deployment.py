@@ -91,7 +91,8 @@ def _serve(fleet: Fleet, secret: str, started: concurrent.futures.Future[tuple[a
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             own = listen(fleet.gateway.host, 0)
-            server = GatewayServer(_application(fleet, secret, address_of(own)), fleet.gateway, own=own)
+            app = _application(fleet, secret, address_of(own))
+            server = GatewayServer(app, fleet.gateway, own=own, tls_dir=fleet.transport.tls_dir)
         except BaseException as error:
             started.set_exception(error)
             return
