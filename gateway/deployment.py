@@ -17,10 +17,11 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import ProxyLocation
 
-from cluster.errors import Unreachable
+from cluster.errors import Unreachable, error_in
 from cluster.fleet import Fleet
 from gateway.app import build_app
-from gateway.membership import follow_registry
+from gateway.membership import follow_registry, known_gateways
+from gateway.port import refuse_strangers
 from gateway.routers import make_router
 from gateway.serve_process import drain_at_sigterm, stay_on_loopback
 from gateway.server import DRAIN_S, GatewayServer, address_of, listen
@@ -36,7 +37,7 @@ def application_of(fleet_name: str) -> str:
 
 
 def deploy(fleet: Fleet, secret: str) -> None:
-    """Start the gateway's replicas; returns when all listen. Blocks. Raises Unreachable with their words, nothing left."""
+    """Start the gateway's replicas; returns when all listen. Blocks. Raises what one raised, or Unreachable; nothing is left."""
     serve.start(proxy_location=ProxyLocation.Disabled)
     deployment = serve.deployment(
         GatewayReplica,
@@ -51,8 +52,8 @@ def deploy(fleet: Fleet, secret: str) -> None:
     except RuntimeError as error:
         said = serve.status().applications.get(application_of(fleet.name))
         shutdown(fleet.name)
-        causes = [one.message for one in said.deployments.values()] if said else [str(error)]
-        raise Unreachable(f"the gateway did not start: {' '.join(causes).strip().splitlines()[-1]}") from error
+        report = " ".join(one.message for one in said.deployments.values()) if said else str(error)
+        raise error_in(report) or Unreachable(f"the gateway did not start: {report.strip().splitlines()[-1]}") from error
 
 
 def shutdown(fleet_name: str) -> None:
@@ -92,6 +93,7 @@ def _serve(fleet: Fleet, secret: str, started: concurrent.futures.Future[tuple[a
         try:
             own = listen(fleet.gateway.host, 0)
             app = _application(fleet, secret, address_of(own))
+            refuse_strangers(fleet.gateway.host, fleet.gateway.port, lambda: known_gateways(_namespace(fleet)))
             server = GatewayServer(app, fleet.gateway, own=own, tls_dir=fleet.transport.tls_dir)
         except BaseException as error:
             started.set_exception(error)
@@ -105,8 +107,13 @@ def _application(fleet: Fleet, secret: str, address: str) -> FastAPI:
     return build_app(
         spec=fleet.gateway,
         models={model.name: model for model in fleet.models},
-        membership=lambda: follow_registry(f"mobula-{fleet.name}", address),
+        membership=lambda: follow_registry(_namespace(fleet), address),
         transport=transport,
         router=make_router(fleet.routing),
         slos=fleet.slo,
     )
+
+
+def _namespace(fleet: Fleet) -> str:
+    """Of the fleet's actors in Ray."""
+    return f"mobula-{fleet.name}"

@@ -92,6 +92,14 @@ def test_a_joined_fleet_serves_under_tls_and_leaves_the_ray_as_it_was(ray_cluste
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
     assert {row["role"] for row in joined.replicas()} == {"prefill", "decode"}
 
+    port = int(joined.url.rsplit(":", 1)[1])
+    write_config(tmp_path, model_dir, name="second", gateway={"port": port, "allow_anonymous": True})
+    second = mobula("up", "-f", str(config), "--address", address, home=tmp_path)
+    assert (second.returncode, second.stdout) == (2, "")
+    assert f"gateway.port {port} on 127.0.0.1 is taken by another program" in second.stderr
+    assert "cluster.errors" not in second.stderr
+    assert httpx.get(f"{joined.url}/health", timeout=10).status_code == 200
+
     assert mobula("down", "joined", home=tmp_path).returncode == 0
     assert holder.is_running()
     eventually(lambda: ours(holder) == before, "every actor of the fleet ends", END_S)
