@@ -19,6 +19,8 @@ A message names the value, the bound and the place: `max_tokens 9000 above 4096,
 
 from __future__ import annotations
 
+import re
+
 
 class MobulaError(Exception):
     """Root of everything Mobula raises on purpose."""
@@ -79,3 +81,11 @@ class ProtocolMismatch(Permanent):
 
 class NotAllowed(Permanent):
     """A key or a shared secret is missing or wrong."""
+
+
+def error_in(report: str) -> MobulaError | None:
+    """The error whose type and message end a process's report of its death, a traceback; None where it is none of these."""
+    last = report.strip().rpartition("\n")[2]
+    told = re.search(rf"\b{re.escape(__name__)}\.(\w+): (.+)", last)
+    kind = told and globals().get(told[1])
+    return kind(told[2]) if told and isinstance(kind, type) and issubclass(kind, MobulaError) else None
