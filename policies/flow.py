@@ -36,6 +36,8 @@ class Flow(msgspec.Struct, frozen=True, kw_only=True):
         return self.at(self.rate_rps * factor)
 
 
+LOWER_TENTHS = 0.561  # Of a squared normal variable's mean lies below its 90th percentile: P(chi2_3 < 2.706).
+
 EMPTY = Flow(rate_rps=0.0, prompt_tokens=0.0, prompt_tokens_sd=0.0, context_tokens=0.0, output_tokens=0.0)
 
 
@@ -72,13 +74,15 @@ def risen(workload: Workload, window: Window, ahead_s: float = 0.0) -> Flow:
     """The flow to have capacity for now: never below what a lower bound shows, with its trend carried `ahead_s` seconds on."""
     dispersion = index_of_dispersion(workload.buckets)
     longest = _last(workload, window.rise_s[-1])
-    rate_rps = _requests(longest) / (len(longest) * workload.bucket_s) if longest else 0.0
+    rate_rps = mean_rps = _requests(longest) / (len(longest) * workload.bucket_s) if longest else 0.0
     for span_s in window.rise_s[:-1]:
         last = _last(workload, span_s)
         count = _requests(last)
         if last:
             rate_rps = max(rate_rps, (count - window.sigmas * math.sqrt(dispersion * count)) / (len(last) * workload.bucket_s))
-    return mix(longest, rate_rps + _growth(longest, workload.bucket_s, dispersion, window.sigmas) * ahead_s, dispersion)
+    growth = _growth(longest, workload.bucket_s, dispersion, window.sigmas)
+    centre_s = len(longest) * workload.bucket_s / 2
+    return mix(longest, max(rate_rps, mean_rps + growth * (centre_s + ahead_s)), dispersion)
 
 
 def fallen(workload: Workload, window: Window) -> Flow:
@@ -95,14 +99,16 @@ def fallen(workload: Workload, window: Window) -> Flow:
 def index_of_dispersion(buckets: Sequence[Demand]) -> float:
     """Variance over mean of the buckets' counts about their moving level, at least 1; 1 with too little to tell.
 
-    Half the mean squared difference of neighbours is a variance that a slow trend does not inflate (von Neumann, 1941).
+    Half the mean squared difference of neighbours is a variance that a slow trend does not inflate (von Neumann, 1941). The largest
+    tenth is left out, so that a step in the load is not taken for noise.
     """
     counts = [bucket.requests for bucket in buckets]
     mean = sum(counts) / len(counts) if counts else 0.0
     if len(counts) < 10 or mean <= 0.0:
         return 1.0
-    variance = sum((later - earlier) ** 2 for earlier, later in itertools.pairwise(counts)) / (2 * (len(counts) - 1))
-    return max(1.0, variance / mean)
+    squares = sorted((later - earlier) ** 2 for earlier, later in itertools.pairwise(counts))
+    kept = squares[: len(squares) - len(squares) // 10]
+    return max(1.0, sum(kept) / (2 * len(squares) * LOWER_TENTHS) / mean)
 
 
 def _growth(buckets: Sequence[Demand], bucket_s: float, dispersion: float, sigmas: float) -> float:

@@ -20,6 +20,7 @@ from cluster.snapshot import Group
 from policies.flow import Flow
 
 MAX_REPLICAS = 10_000
+FLOOR_SHARE = 0.8
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,11 +44,13 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     holds: bool
     binding: str
     """The condition nearest to its bound, or furthest beyond."""
-    margin: float
-    """Bound over value of that condition; below 1 it does not hold."""
+    use: float
+    """Its value over its bound; above 1 it does not hold."""
 
 
 Fits = Callable[[int], Fit]
+IDLE = Fit(holds=True, binding="nothing arrives", use=0.0)
+NOBODY = Fit(holds=False, binding="no replica", use=math.inf)
 
 
 def prefill_fits(group: Group, flow: Flow, slo: Slo, bounds: Bounds, replicas: int) -> Fit:
@@ -58,9 +61,9 @@ def prefill_fits(group: Group, flow: Flow, slo: Slo, bounds: Bounds, replicas: i
 def decode_fits(group: Group, flow: Flow, slo: Slo, bounds: Bounds, replicas: int, *, prefilling: bool) -> Fit:
     """Whether so many replicas carry the flow's decoding; with `prefilling` its prompts as well."""
     if flow.rate_rps <= 0.0:
-        return Fit(holds=True, binding="nothing arrives", margin=math.inf)
+        return IDLE
     if replicas <= 0:
-        return Fit(holds=False, binding="no replica", margin=0.0)
+        return NOBODY
     performance = measured(group)
     tokens_rate = flow.rate_rps / replicas * flow.output_tokens
     context = flow.context_tokens + flow.output_tokens / 2
@@ -68,23 +71,23 @@ def decode_fits(group: Group, flow: Flow, slo: Slo, bounds: Bounds, replicas: in
     prefill_share = flow.rate_rps / replicas * _service_s(performance, flow.prompt_tokens, math.inf) if prefilling else 0.0
     left = 1.0 - prefill_share - tokens_rate * sequence_s
     if left <= 0.0:
-        return Fit(holds=False, binding="compute", margin=max(0.0, 1.0 + left) * 0.999)
+        return Fit(holds=False, binding="saturation", use=math.inf)
     batch = tokens_rate * performance.step_s / left
     peak = batch + bounds.batch_sigmas * math.sqrt(batch)
     step_s = performance.step_s + peak * sequence_s
     held = flow.context_tokens + flow.output_tokens
     conditions = {
-        "batch": group.max_running / peak,
-        "KV capacity": bounds.kv_share * group.kv_tokens / (peak * held),
-        "compute": bounds.utilisation / (1.0 - left),
+        "batch": peak / group.max_running,
+        "KV capacity": peak * held / (bounds.kv_share * group.kv_tokens),
+        "saturation": (1.0 - left) / bounds.utilisation,
     }
     if slo.tpot_s is not None:
-        conditions["TPOT"] = slo.tpot_s * (1.0 - prefill_share) / step_s
+        conditions["TPOT"] = step_s / (slo.tpot_s * (1.0 - prefill_share))
     fit = _nearest(conditions)
     if not prefilling or not fit.holds:
         return fit
-    first = _first_token_fits(group, flow, slo, bounds, replicas, decode_step_s=step_s)
-    return first if first.margin < fit.margin else fit
+    first = _first_token_fits(group, flow, slo, bounds, replicas, decode_step_s=step_s - performance.step_s)
+    return first if first.use > fit.use else fit
 
 
 def smallest(fits: Fits) -> int:
@@ -115,11 +118,15 @@ def erlang_c(servers: int, offered: float) -> float:
 
 
 def _first_token_fits(group: Group, flow: Flow, slo: Slo, bounds: Bounds, replicas: int, decode_step_s: float) -> Fit:
-    """`decode_step_s`: what each step lasts longer for the decodes that share it."""
+    """`decode_step_s`: what each step lasts longer for the decodes that share it.
+
+    Where even an idle replica computes a long prompt in more than `FLOOR_SHARE` of TTFT, no number of replicas is the answer, and
+    utilisation alone says how many carry the load.
+    """
     if flow.rate_rps <= 0.0:
-        return Fit(holds=True, binding="nothing arrives", margin=math.inf)
+        return IDLE
     if replicas <= 0:
-        return Fit(holds=False, binding="no replica", margin=0.0)
+        return NOBODY
     performance = measured(group)
     budget = group.step_budget_tokens - (group.max_running if decode_step_s else 0)
     chunk = max(1, budget)
@@ -129,16 +136,14 @@ def _first_token_fits(group: Group, flow: Flow, slo: Slo, bounds: Bounds, replic
 
     mean_s = service_s(flow.prompt_tokens)
     offered = flow.rate_rps * mean_s
-    conditions = {"utilisation": bounds.utilisation * replicas / offered}
+    conditions = {"utilisation": offered / (bounds.utilisation * replicas)}
     if slo.ttft_s is not None and offered < replicas:
-        long_s = service_s(flow.prompt_tokens + bounds.length_sigmas * flow.prompt_tokens_sd)
-        slack_s = slo.ttft_s - long_s
-        if slack_s > 0.0:
+        long = flow.prompt_tokens + bounds.length_sigmas * flow.prompt_tokens_sd
+        if _service_s(performance, long, chunk) <= FLOOR_SHARE * slo.ttft_s:
+            slack_s = max(0.0, slo.ttft_s - service_s(long))
             variation = (performance.prefill_token_s * flow.prompt_tokens_sd / mean_s) ** 2
             decay = 2.0 / (flow.dispersion + variation) * (replicas / mean_s - flow.rate_rps)
-            waiting = erlang_c(replicas, offered) * math.exp(-decay * slack_s)
-            conditions["TTFT"] = bounds.missed_share / max(waiting, 1e-12)
-        # Else no number of replicas meets it, and utilisation alone says how many carry the load.
+            conditions["TTFT"] = erlang_c(replicas, offered) * math.exp(-decay * slack_s) / bounds.missed_share
     return _nearest(conditions)
 
 
@@ -150,5 +155,5 @@ def _service_s(performance: PerformanceModel, tokens: float, chunk: float) -> fl
 
 
 def _nearest(conditions: dict[str, float]) -> Fit:
-    binding = min(conditions, key=lambda name: conditions[name])
-    return Fit(holds=conditions[binding] >= 1.0, binding=binding, margin=conditions[binding])
+    binding = max(conditions, key=lambda name: conditions[name])
+    return Fit(holds=conditions[binding] <= 1.0, binding=binding, use=conditions[binding])
