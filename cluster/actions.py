@@ -91,6 +91,8 @@ class Dropped(msgspec.Struct, frozen=True, kw_only=True):
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """The outcome of one pass."""
 
+    wishes: tuple[Action, ...] = ()
+    """What policies proposed and guards let pass, before it was turned into names."""
     targets: Mapping[str, int] = {}
     """Replicas wanted, by group."""
     actions: tuple[Action, ...] = ()

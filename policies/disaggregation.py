@@ -15,6 +15,7 @@ import msgspec
 from cluster.actions import Action, ChangeRole, Reason, ScaleRole
 from cluster.replica import Phase, Role
 from cluster.snapshot import ClusterSnapshot, Group, ReplicaState, Workload
+from policies import levers
 from policies.expansion import removal_order
 from policies.flow import Flow, Window, fallen, risen
 from policies.sizing import Bounds, decode_fits, measured, prefill_fits, smallest
@@ -96,8 +97,8 @@ class Disaggregation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             }
             text = f"{target.name} is short of {short[target.name]}, {source.name} spares {spare[source.name]}"
             runner_up = "a start takes longer" if room else "a start, for which the pool has no room"
-            levers = (f"demand of {workload.model}", f"prompt length of {workload.model}", f"start-up of {target.name}")
-            reason = Reason(text=text, numbers=numbers, runner_up=runner_up, levers=levers)
+            turns = (*_levers(workload.model), levers.start_up(target.name))
+            reason = Reason(text=text, numbers=numbers, runner_up=runner_up, levers=turns)
             return (
                 ChangeRole(replica_id=replica.replica_id, role=target.role, source=source.name, target=target.name, reason=reason),
             )
@@ -138,8 +139,12 @@ def _bundle(prefill: Group, prefills: int, decode: Group, decodes: int, text: st
         text=text,
         numbers={"prefill": prefills, "decode": decodes, "prefill_before": prefill.wanted, "decode_before": decode.wanted},
         runner_up=f"{prefill.wanted} + {decode.wanted}, as it is",
-        levers=(f"demand of {prefill.model}", f"prompt length of {prefill.model}", f"output length of {prefill.model}"),
+        levers=_levers(prefill.model),
     )
     bundle = f"arrangement of {prefill.model} on {prefill.pool}"
     wishes = ((prefill, prefills), (decode, decodes))
     return [ScaleRole(group=group.name, replicas=count, reason=reason, bundle=bundle) for group, count in wishes]
+
+
+def _levers(model: str) -> tuple[str, ...]:
+    return (levers.demand(model), levers.prompt_length(model), levers.output_length(model))

@@ -37,7 +37,9 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
             actions, unplaced = self.expansion.expand(snapshot, accepted)
         except Exception as error:
             return Decision(failed=f"{name_of(stage)}: {error!r}", targets={group.name: group.wanted for group in snapshot.groups})
-        return Decision(targets=_targets(snapshot, accepted), actions=actions, dropped=(*dropped, *unplaced))
+        return Decision(
+            wishes=tuple(accepted), targets=_targets(snapshot, accepted), actions=actions, dropped=(*dropped, *unplaced)
+        )
 
 
 def name_of(stage: object) -> str:

@@ -14,6 +14,7 @@ import msgspec
 
 from cluster.actions import Action, Reason, ScaleRole
 from cluster.snapshot import ClusterSnapshot, Group, Workload
+from policies import levers
 from policies.flow import Flow, Window, fallen, risen
 from policies.shares import fits_of, shares
 from policies.sizing import Bounds, smallest
@@ -112,15 +113,12 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def _target(group: Group, replicas: int, text: str, numbers: dict[str, float]) -> ScaleRole:
-    levers = (
-        f"demand of {group.model}",
-        f"TTFT SLO of {group.model}",
-        f"TPOT SLO of {group.model}",
-        f"least replicas of {group.name}",
-    )
+    model = group.model
+    turns = (levers.demand(model), levers.prompt_length(model), levers.output_length(model))
+    bounds = (levers.ttft_slo(model), levers.tpot_slo(model), levers.start_up(group.name))
     runner_up = "" if replicas == group.wanted else f"{group.wanted}, as it is"
     return ScaleRole(
-        group=group.name, replicas=replicas, reason=Reason(text=text, numbers=numbers, runner_up=runner_up, levers=levers)
+        group=group.name, replicas=replicas, reason=Reason(text=text, numbers=numbers, runner_up=runner_up, levers=turns + bounds)
     )
 
 
