@@ -6,7 +6,6 @@ A pass is written before its actions are carried out. Snapshots are frames (`fra
 from __future__ import annotations
 
 import contextlib
-import json
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping
@@ -194,11 +193,6 @@ class Journal:
     def _shadows(self, number: int) -> dict[str, Decision]:
         rows = self._db.execute("SELECT name, decision FROM shadows WHERE number = ? ORDER BY name", (number,))
         return {name: _unpacked(decision) for name, decision in rows}
-
-
-def pipeline_config(policies: object) -> str:
-    """A config as the one text that stands for it."""
-    return json.dumps(msgspec.to_builtins(policies), sort_keys=True)
 
 
 def _connect(path: Path, read_only: bool) -> sqlite3.Connection:

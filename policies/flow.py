@@ -41,7 +41,7 @@ LOWER_TENTHS = 0.561  # Of a squared normal variable's mean lies below its 90th 
 EMPTY = Flow(rate_rps=0.0, prompt_tokens=0.0, prompt_tokens_sd=0.0, context_tokens=0.0, output_tokens=0.0)
 
 
-class Window(msgspec.Struct, frozen=True, kw_only=True):
+class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long is looked back, and how sure one must be."""
 
     rise_s: tuple[float, ...] = (5.0, 15.0, 60.0)

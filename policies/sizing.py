@@ -23,7 +23,7 @@ MAX_REPLICAS = 10_000
 FLOOR_SHARE = 0.8
 
 
-class Bounds(msgspec.Struct, frozen=True, kw_only=True):
+class Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How safe is safe."""
 
     missed_share: float = 0.01
