@@ -6,38 +6,16 @@ values and make equal bytes.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal
 
 import msgspec
 
+from cluster.node import Node
 from cluster.performance import PerformanceModel
 from cluster.replica import Load, Phase, Role
 from cluster.slo import Slo
-
-
-class Market(enum.Enum):
-    """How a node is paid for. SPOT may be taken away at short notice."""
-
-    ON_DEMAND = "on_demand"
-    SPOT = "spot"
-
-
-class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """One machine."""
-
-    name: str
-    pool: str
-    accelerator: str = "cpu"
-    market: Market = Market.ON_DEMAND
-    zone: str = ""
-    power_domain: str = ""
-    price_usd_per_hour: float = 0.0
-    slots: int
-    """Replicas it can host."""
-    alive: bool = True
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,8 +29,8 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     max_replicas: int
     wanted: int
     """The target in force: the last one applied."""
-    performance: PerformanceModel
-    """Of one replica, as predicted."""
+    performance: PerformanceModel | None
+    """Of one replica, as predicted; None before the first has said what it is."""
     slowdown: float = 1.0
     """Measured over predicted step time, > 0."""
     kv_tokens: int

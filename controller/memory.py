@@ -20,6 +20,8 @@ class GroupMemory(msgspec.Struct, frozen=True, kw_only=True):
     wanted: int
     startup_s: float | None = None
     """Measured; None before the first start."""
+    slowdown: float = 1.0
+    """Measured over predicted step time, of late."""
     changed_up_s: float | None = None
     changed_down_s: float | None = None
 
@@ -94,6 +96,7 @@ def _after(memory: Memory, group: Group, target: int, now_s: float) -> GroupMemo
     return GroupMemory(
         wanted=target,
         startup_s=known.startup_s,
+        slowdown=group.slowdown,
         changed_up_s=now_s if target > group.wanted else group.changed_up_s,
         changed_down_s=now_s if target < group.wanted else group.changed_down_s,
     )

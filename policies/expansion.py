@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from cluster.actions import Action, DrainReplica, Dropped, ScaleRole, StartReplica
+from cluster.node import Market
 from cluster.replica import Phase
-from cluster.snapshot import ClusterSnapshot, Group, Market, ReplicaState
+from cluster.snapshot import ClusterSnapshot, Group, ReplicaState
 
 _SERVES_LATER = {Phase.STARTING: 0, Phase.WARMING: 1}
 

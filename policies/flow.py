@@ -90,8 +90,8 @@ def fallen(workload: Workload, window: Window) -> Flow:
     dispersion = index_of_dispersion(workload.buckets)
     last = _last(workload, window.fall_s)
     length = max(1, round(window.rise_s[-1] / workload.bucket_s))
-    counts = [_requests(last[start : start + length]) for start in range(max(1, len(last) - length + 1))]
-    count = max(counts, default=0.0)
+    sums = list(itertools.accumulate((bucket.requests for bucket in last), initial=0.0))
+    count = max((late - early for early, late in zip(sums, sums[length:], strict=False)), default=sums[-1])
     rate_rps = (count + window.sigmas * math.sqrt(dispersion * count)) / (length * workload.bucket_s)
     return mix(last, rate_rps, dispersion)
 

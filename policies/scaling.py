@@ -64,8 +64,9 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def _scale(self, snapshot: ClusterSnapshot, group: Group, share: float) -> ScaleRole:
         low, high = self.limits(group, snapshot.now_s)
         workload = snapshot.workload_by_model.get(group.model)
-        if workload is None:
-            return _target(group, _clamp(group.wanted, low, high), "no demand was measured", {})
+        if workload is None or group.performance is None:
+            unknown = "what a replica can do" if workload else f"the demand of {group.model}"
+            return _target(group, _clamp(group.wanted, low, high), f"{unknown} is not known yet", {})
         up = self.rise(workload, group.startup_s).times(share)
         down = fallen(workload, self.window).times(share * self.down_margin)
         carries_rise = fits_of(snapshot, group, up, workload.slo, self.bounds)

@@ -16,7 +16,7 @@ HALVINGS = 20  # Of the interval in which a capacity lies: to a millionth of the
 
 def shares(snapshot: ClusterSnapshot, model: str, flow: Flow, slo: Slo, bounds: Bounds) -> Mapping[str, float]:
     """Share of the model's flow, by group name. Of all that decode they sum to 1; prefill groups carry the decode groups' part."""
-    groups = [group for group in snapshot.groups if group.model == model]
+    groups = [group for group in snapshot.groups if group.model == model and group.performance is not None]
     decoding = _split(snapshot, [group for group in groups if group.role.decodes], 1.0, flow, slo, bounds)
     apart = sum(decoding[group.name] for group in groups if group.role is Role.DECODE)
     prefilling = _split(snapshot, [group for group in groups if group.role is Role.PREFILL], apart, flow, slo, bounds)

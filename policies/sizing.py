@@ -105,7 +105,8 @@ def smallest(fits: Fits) -> int:
 
 
 def measured(group: Group) -> PerformanceModel:
-    """The model's step times, corrected by what was measured."""
+    """The model's step times, corrected by what was measured. Only of groups whose replicas are known."""
+    assert group.performance is not None, group.name
     return group.performance.scaled(1.0 / group.slowdown)
 
 

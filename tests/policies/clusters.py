@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from cluster.hardware import ACCELERATORS
 from cluster.models import MODELS
+from cluster.node import Node
 from cluster.performance import roofline
 from cluster.replica import Load, Phase, Role
 from cluster.slo import Slo
-from cluster.snapshot import ClusterSnapshot, Demand, Group, Node, ReplicaState, Workload
+from cluster.snapshot import ClusterSnapshot, Demand, Group, ReplicaState, Workload
 
 H100_8B = roofline(MODELS["llama-3.1-8b"], ACCELERATORS["h100"])
 SLO = Slo(ttft_s=1.0, tpot_s=0.03)

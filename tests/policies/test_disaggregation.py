@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.actions import ChangeRole, ScaleRole
+from cluster.node import Node
 from cluster.replica import Role
-from cluster.snapshot import Node
 from policies.disaggregation import Disaggregation
 from tests.policies.clusters import cluster, group, steady
 

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.actions import DrainReplica, Reason, ScaleRole, StartReplica
+from cluster.node import Market, Node
 from cluster.replica import Phase
-from cluster.snapshot import FailedStart, Hold, Market, Node
+from cluster.snapshot import FailedStart, Hold
 from policies.expansion import Expansion
 from tests.policies.clusters import NOW_S, cluster, group, replica
 

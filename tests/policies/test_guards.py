@@ -3,8 +3,9 @@
 import pytest
 
 from cluster.actions import ChangeRole, Reason, ScaleRole
+from cluster.node import Node
 from cluster.replica import Phase, Role
-from cluster.snapshot import Hold, Node
+from cluster.snapshot import Hold
 from policies.guards import Capacity, DisruptionBudget, Paused, RateOfChange, StaleTelemetry
 from tests.policies.clusters import NOW_S, cluster, group, replica, steady
 

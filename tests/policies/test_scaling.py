@@ -83,7 +83,7 @@ def target_of(role: Role, groups: list[Group]) -> int:
 
 
 def test_cheaper_pool_is_filled_first():
-    from cluster.snapshot import Node
+    from cluster.node import Node
 
     cheap, dear = group(pool="cheap", max_replicas=2, wanted=1), group(pool="dear", wanted=1)
     nodes = (
