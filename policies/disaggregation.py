@@ -17,7 +17,7 @@ from cluster.replica import Phase, Role
 from cluster.snapshot import ClusterSnapshot, Group, ReplicaState, Workload
 from policies import levers
 from policies.expansion import removal_order
-from policies.flow import Flow, Window, fallen, risen
+from policies.flow import Flow, Window, fallen, reaches_back, risen
 from policies.sizing import Bounds, decode_fits, measured, prefill_fits, smallest
 
 
@@ -51,7 +51,7 @@ class Disaggregation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def _arrange(self, snapshot: ClusterSnapshot, workload: Workload, prefill: Group, decode: Group) -> Sequence[Action]:
         """Switch between apart and together where a replica is saved both by what is and by the worst of late."""
-        if prefill.min_replicas > 0:
+        if prefill.min_replicas > 0 or not reaches_back(workload, self.window):
             return ()
         now = self._need(prefill, decode, risen(workload, self.window), workload)
         worst = self._need(prefill, decode, fallen(workload, self.window), workload)

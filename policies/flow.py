@@ -86,7 +86,10 @@ def risen(workload: Workload, window: Window, ahead_s: float = 0.0) -> Flow:
 
 
 def fallen(workload: Workload, window: Window) -> Flow:
-    """The flow below which demand has surely stayed: the busiest minute's upper bound within `fall_s`."""
+    """The flow below which demand has surely stayed: the busiest minute's upper bound within `fall_s`.
+
+    Of a past that is shorter than that (see `reaches_back`) it says nothing about the rest.
+    """
     dispersion = index_of_dispersion(workload.buckets)
     last = _last(workload, window.fall_s)
     length = max(1, round(window.rise_s[-1] / workload.bucket_s))
@@ -94,6 +97,11 @@ def fallen(workload: Workload, window: Window) -> Flow:
     count = max((late - early for early, late in zip(sums, sums[length:], strict=False)), default=sums[-1])
     rate_rps = (count + window.sigmas * math.sqrt(dispersion * count)) / (length * workload.bucket_s)
     return mix(last, rate_rps, dispersion)
+
+
+def reaches_back(workload: Workload, window: Window) -> bool:
+    """Whether enough of the past is known to believe in a fall."""
+    return len(workload.buckets) * workload.bucket_s >= window.fall_s
 
 
 def index_of_dispersion(buckets: Sequence[Demand]) -> float:

@@ -15,7 +15,7 @@ import msgspec
 from cluster.actions import Action, Reason, ScaleRole
 from cluster.snapshot import ClusterSnapshot, Group, Workload
 from policies import levers
-from policies.flow import Flow, Window, fallen, risen
+from policies.flow import Flow, Window, fallen, reaches_back, risen
 from policies.shares import fits_of, shares
 from policies.sizing import Bounds, smallest
 
@@ -86,7 +86,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if needed > group.wanted:
             why = f"{group.wanted} do not carry {up.rate_rps:.2f} requests/s: {carries_rise(group.wanted).binding}"
             return _target(group, _clamp(needed, low, high), why, numbers)
-        if enough < group.wanted and self._settled(group, snapshot.now_s):
+        if enough < group.wanted and self._settled(group, snapshot.now_s) and reaches_back(workload, self.window):
             nearest = carries_rest(enough).binding
             why = f"{enough} carry {down.rate_rps:.2f} requests/s, an upper bound with its margin; {nearest} is nearest"
             return _target(group, _clamp(enough, low, high), why, numbers)

@@ -181,7 +181,9 @@ def _workload(model: str, slo: Slo, telemetry: Telemetry, now_s: float) -> Workl
     if math.isinf(until_s):
         return Workload(model=model, slo=slo, bucket_s=BUCKET_S, buckets=(), age_s=now_s)
     last_s = math.floor(until_s / BUCKET_S) * BUCKET_S
-    edges_s = np.linspace(last_s - BUCKETS * BUCKET_S, last_s, BUCKETS + 1)
+    first_s = min(one.times_s[0] for series in telemetry.values() for one in series if one.times_s)
+    count = min(BUCKETS, max(0, math.floor((last_s - first_s) / BUCKET_S)))
+    edges_s = np.linspace(last_s - count * BUCKET_S, last_s, count + 1)
     span_s = np.array([last_s - BUCKETS * BUCKET_S, last_s])
 
     def total(name: str) -> float:

@@ -47,6 +47,12 @@ def test_target_that_has_just_risen_does_not_fall():
     assert target(group(wanted=5, changed_up_s=NOW_S - 31.0), steady(1.0)) < 5
 
 
+def test_fall_is_not_believed_of_a_past_too_short_to_show_one():
+    assert target(group(wanted=5), workload([1.0] * 35)) == 5
+    assert target(group(wanted=5), workload([1.0] * 36)) < 5
+    assert target(group(wanted=1), workload([60.0])) > 1
+
+
 def test_limits_hold_whatever_the_load():
     assert target(group(wanted=2, min_replicas=2), steady(0.0)) == 2
     assert target(group(wanted=2, max_replicas=3), steady(500.0)) == 3
