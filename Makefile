@@ -10,9 +10,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 demo: .venv/installed .mobula/tiny-dense
 	$(BIN)/python -m demo
 
-.mobula/tiny-dense: | .venv/installed
-	mkdir -p .mobula
+# Trained anew only where its recipe has changed.
+.mobula/tiny-dense: workers/engines/torch_engine/tiny_model.py workers/engines/torch_engine/alice.txt | .venv/installed
 	$(BIN)/mobula model init $@ --preset tiny-dense
+	touch $@
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -18,7 +18,7 @@ from rich.table import Table
 from cluster.kv import KvCleared, KvLayout, KvNamespace, KvStored, block_hashes
 from cluster.performance import PerformanceModel
 from cluster.replica import Load, Phase, Replica, Role
-from policies.policy import Ask, Route
+from policies.route import Ask, Route
 from policies.routing import PredictedLatencyRouter
 from policies.routing_view import FleetView
 

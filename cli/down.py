@@ -3,52 +3,77 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+from pathlib import Path
 from typing import Annotated
 
 import psutil
 import typer
 
 from cli.fleet_home import FleetHome, Record, only_fleet
-from cluster.errors import InvalidConfig
+from cli.joined_ray import joined_ray
+from cli.local_ray import processes_in, put_away
+from cluster.errors import InvalidConfig, Unreachable
 
-DRAIN_S = 75.0  # Requests drain for 30 s; then the gateway, workers and Ray end.
+STOP_S = 90.0  # Requests drain for 30 s in the gateway and then in the workers; Ray's shutdown has 20 s.
 KILL_S = 5.0
+SWEEPS = 3  # What is killed may just have started another.
 
 
 def down(fleet: Annotated[str | None, typer.Argument(help="Name of the fleet; may be left out with only one up.")] = None) -> None:
-    """Stop a fleet: requests finish, then every process ends."""
+    """Stop a fleet: requests finish, then every process ends.
+
+    Example: mobula down demo
+    """
     home = FleetHome(only_fleet(fleet))
     record = home.record()
     if record is None:
         raise InvalidConfig(f"no fleet {home.path.name} is up: {home.record_path} is not there")
-    killed = end_fleet(record)
-    home.clear()
+    killed = end_fleet(record, home)
     typer.echo(f"{record.fleet} is down" + (f"; {killed} processes had to be killed" if killed else ""))
 
 
-def end_fleet(record: Record) -> int:
-    """SIGTERM for the supervisor, which ends the rest; SIGKILL for whatever of them is then still there. How many that were."""
+def end_fleet(record: Record, home: FleetHome) -> int:
+    """SIGTERM for the supervisor, which ends the rest; SIGKILL for whatever of them is then still there. How many that were.
+
+    Raises Unreachable with what the supervisor could not end in order, after all is ended.
+    """
     supervisor = record.supervisor.find()
     if supervisor is not None:
-        below = _and_below(supervisor)
-        supervisor.terminate()
-        with contextlib.suppress(psutil.TimeoutExpired):
-            supervisor.wait(DRAIN_S)
-    else:
-        below = []
-    recorded = [process for name in record.processes if (process := name.find()) is not None]
-    left = [process for process in {*below, *recorded} if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, KILL_S)
-    if record.directory is not None:
-        shutil.rmtree(record.directory, ignore_errors=True)
-    return len(left)
+        with contextlib.suppress(psutil.Error):
+            supervisor.terminate()
+            supervisor.wait(STOP_S)
+    elif record.address is not None:
+        _close_gateway(record, record.address)
+    last = home.record() or record
+    killed = _kill_left(last)
+    if last.directory is not None:
+        put_away(Path(last.directory), home.ray_logs_path)
+    home.clear()
+    if last.faults:
+        raise Unreachable(f"{record.fleet} is down, but not in order: {'; '.join(last.faults)} (see {home.log_path})")
+    return killed
 
 
-def _and_below(process: psutil.Process) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return [process, *process.children(recursive=True)]
-    return []
+def _close_gateway(record: Record, address: str) -> None:
+    """In a joined Ray workers end with their supervisor, but the gateway does not."""
+    with joined_ray(address):
+        from gateway.deployment import shutdown
+
+        shutdown(record.fleet)
+
+
+def _kill_left(record: Record) -> int:
+    """How many there were."""
+    killed = set()
+    for _ in range(SWEEPS):
+        supervisor = record.supervisor.find()
+        left = [supervisor] if supervisor is not None else []
+        left += processes_in(Path(record.directory)) if record.directory is not None else []
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, KILL_S)
+        killed |= {process.pid for process in left}
+        if not left:
+            break
+    return len(killed)

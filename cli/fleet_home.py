@@ -32,14 +32,17 @@ class ProcessId(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """The supervisor of a fleet, and every process under it once it is up."""
+    """The supervisor of a fleet, from before it starts anything until it has ended everything."""
 
     fleet: str
     supervisor: ProcessId
     url: str
-    processes: tuple[ProcessId, ...] = ()
     directory: str | None = None
-    """Where a local Ray keeps its files."""
+    """Where a local Ray keeps its files, by which its processes are known. None with a joined one."""
+    address: str | None = None
+    """Of a joined Ray."""
+    faults: tuple[str, ...] = ()
+    """What could not be ended in order; the record outlives its supervisor then."""
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +72,8 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     version: int
     """Of the membership table."""
+    gateways: tuple[str, ...] = ()
+    """Each gateway replica at its own address, which nobody shares: where its metrics are to be scraped."""
     replicas: tuple[ReplicaStatus, ...]
 
 
@@ -81,13 +86,19 @@ class FleetHome:
         self.path = root() / fleet
         self.record_path = self.path / "record.json"
         self.log_path = self.path / "supervisor.log"
+        self.ray_logs_path = self.path / "logs"
         self.socket_path = self.path / "status.sock"
         self.secret_path = self.path / "secret"
         if len(str(self.socket_path)) > MAX_SOCKET_CHARS:
             raise InvalidConfig(f"{self.socket_path} has {len(str(self.socket_path))} characters, above {MAX_SOCKET_CHARS}")
 
     def make(self) -> None:
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Raises InvalidConfig where it cannot be written."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.log_path.write_bytes(b"")
+        except OSError as error:
+            raise InvalidConfig(f"{self.path} cannot be written: {error.strerror}; $MOBULA_HOME says where fleets go") from error
 
     def write_record(self, record: Record) -> None:
         """All or nothing, so that a reader never sees half."""
@@ -110,7 +121,7 @@ class FleetHome:
             out.write(secret)
 
     def clear(self) -> None:
-        """All but the log."""
+        """All but the logs."""
         for path in (self.record_path, self.socket_path, self.secret_path):
             path.unlink(missing_ok=True)
 
@@ -131,7 +142,8 @@ def only_fleet(name: str | None) -> str:
         return name
     found = fleets()
     if len(found) != 1:
-        raise InvalidConfig(f"{len(found)} fleets under {root()}{': ' if found else ''}{', '.join(found)}; name one")
+        several = f"{len(found)} fleets are up: {', '.join(found)}; name one"
+        raise InvalidConfig(several if found else f"no fleet is up; their records are under {root()}")
     return found[0]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import secrets
 import shutil
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,24 +14,27 @@ from typing import Any
 
 import psutil
 
+from cli.joined_ray import ENVIRONMENT
 from cluster.fleet import NodeSpec
 
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least is 75 MiB; nothing large goes through it.
 SHUTDOWN_S = 15.0  # Ray's GCS may hang on its last events; it is ended by pid then.
 TERMINATE_S = 3.0
+LOG_BYTES = 16 * 2**20  # Of one process's log; with one older part kept.
 PR_SET_CHILD_SUBREAPER = 36
 
 
 def prepare_environment(directory: Path) -> None:
-    """Before Ray is imported: it reads these once. `directory`: where all its files go."""
+    """Before Ray is imported: it reads these once. `directory`: where all its files go, logs among them."""
     (directory / "ray").mkdir()
     os.environ.update(
         RAY_TMPDIR=str(directory),
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # Else Ray takes 127.0.0.1 for a mistake and looks for a reachable address.
+        **ENVIRONMENT,
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=secrets.token_hex(32),
         RAY_DEDUP_LOGS="0",
+        RAY_ROTATION_MAX_BYTES=str(LOG_BYTES),
+        RAY_ROTATION_BACKUP_COUNT="1",
         RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     )
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,10 +48,9 @@ def adopt_orphans() -> None:
 class LocalRay:
     """Made by `start`; `stop` ends its every process."""
 
-    def __init__(self, nodes: Sequence[NodeSpec], label: str) -> None:
-        """Blocks until all nodes are there."""
-        self.directory = Path(tempfile.mkdtemp(prefix="mobula-", dir="/tmp"))  # Sockets' paths must be short.
-        prepare_environment(self.directory)
+    def __init__(self, nodes: Sequence[NodeSpec], label: str, directory: Path) -> None:
+        """Blocks until all nodes are there. `directory`: an empty one of a short path, since sockets go there too."""
+        prepare_environment(directory)
         self._cluster: Any = None
         try:
             self._start(nodes, label)
@@ -76,18 +78,17 @@ class LocalRay:
         ray.init(address=self._cluster.address, log_to_driver=False, logging_level="warning")
 
     def stop(self) -> None:
+        if self._cluster is not None:
+            ending = threading.Thread(target=self._shutdown, daemon=True)
+            ending.start()
+            ending.join(SHUTDOWN_S)
+        end_children()
+
+    def _shutdown(self) -> None:
         import ray
 
-        ending = threading.Thread(target=self._shutdown, args=(ray,), daemon=True)
-        ending.start()
-        ending.join(SHUTDOWN_S)
-        end_children()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _shutdown(self, ray: Any) -> None:
         ray.shutdown()
-        if self._cluster is not None:
-            self._cluster.shutdown()
+        self._cluster.shutdown()
 
 
 def end_children() -> None:
@@ -99,6 +100,37 @@ def end_children() -> None:
     for child in alive:
         _signal(child.kill)
     psutil.wait_procs(alive, TERMINATE_S)
+
+
+def processes_in(directory: Path) -> list[psutil.Process]:
+    """Those of a local Ray, orphans too: each keeps its log open there."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(Path(file.path).is_relative_to(directory) for file in process.open_files()):
+                found.append(process)
+    return found
+
+
+def show_logs(directory: Path, logs: Path) -> None:
+    """Have `logs` name the logs of a local Ray while it runs, instead of those of the one before it."""
+    _remove(logs)
+    logs.symlink_to(directory / "ray/session_latest/logs")
+
+
+def put_away(directory: Path, logs: Path) -> None:
+    """Remove a local Ray's files, but keep its logs in `logs`."""
+    for session in directory.glob("ray/session_[0-9]*/logs"):
+        _remove(logs)
+        shutil.move(session, logs)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove(logs: Path) -> None:
+    if logs.is_symlink():
+        logs.unlink()
+    else:
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 def _signal(send: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Make a small model, without a download.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make a small model, without a download.")
 
 
 @app.callback()

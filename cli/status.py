@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from cli.fleet_home import FleetHome, FleetStatus, ReplicaStatus, only_fleet
 from cluster.errors import Unreachable
@@ -27,7 +28,14 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until Ctrl-C.")] = False,
 ) -> None:
-    """Show a fleet's replicas: role, phase, process, load."""
+    """Show a fleet's replicas: role, phase, process, load. `--json` has their metrics URLs, too.
+
+    Examples:
+
+    mobula status --watch
+
+    mobula status demo --json
+    """
     home = FleetHome(only_fleet(fleet))
     now = fetch(home)
     if as_json:
@@ -47,28 +55,45 @@ def fetch(home: FleetHome) -> FleetStatus:
             with client.makefile("rb") as answer:
                 return msgspec.json.decode(answer.read(MAX_ANSWER_BYTES), type=FleetStatus)
     except (OSError, msgspec.DecodeError) as error:
-        raise Unreachable(f"fleet {home.path.name} does not answer at {home.socket_path}: {error}") from error
+        raise Unreachable(f"fleet {home.path.name} {_why_silent(home, error)}") from error
+
+
+def _why_silent(home: FleetHome, error: Exception) -> str:
+    record = home.record()
+    if record is None:
+        return f"is not up: {home.record_path} is not there"
+    if record.supervisor.find() is None:
+        return f"has lost its supervisor; `mobula down {record.fleet}` ends what is left"
+    if not home.socket_path.exists():
+        return "is still starting"
+    return f"does not answer at {home.socket_path}: {error}"
 
 
 def table(now: FleetStatus) -> Table:
-    shown = Table(title=f"{now.fleet} at {now.url}", title_justify="left", box=box.SIMPLE_HEAD)
+    """Fits 80 columns."""
+    shown = Table(title=f"{now.fleet} at {now.url}", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for heading in ("replica", "role", "phase", "node", "pid"):
-        shown.add_column(heading, no_wrap=heading == "replica")
-    for heading in ("running", "waiting", "KV", "step", "power"):
+        shown.add_column(heading, no_wrap=True)
+    for heading in ("run", "wait", "KV", "step", "power"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for replica in sorted(now.replicas, key=lambda replica: (replica.role, replica.replica_id)):
         shown.add_row(*_cells(replica))
     return shown
 
 
-def _cells(replica: ReplicaStatus) -> tuple[str, ...]:
-    style = PHASE_STYLES.get(replica.phase, "")
-    return (
+def _cells(replica: ReplicaStatus) -> tuple[str | Text, ...]:
+    """Of a replica whose worker says nothing, only what the registry knows."""
+    known = (
         replica.replica_id,
         replica.role,
-        f"[{style}]{replica.phase}[/]" if style else replica.phase,
+        Text(replica.phase, style=PHASE_STYLES.get(replica.phase, "")),
         replica.node,
-        "" if replica.pid is None else str(replica.pid),
+    )
+    if replica.pid is None:
+        return (*known, *["-"] * 6)
+    return (
+        *known,
+        str(replica.pid),
         str(replica.running),
         str(replica.waiting),
         f"{replica.kv_blocks_used / max(replica.kv_blocks, 1):.0%}",

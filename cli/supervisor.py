@@ -13,6 +13,8 @@ import os
 import secrets
 import signal
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -21,16 +23,18 @@ from typing import Any
 import msgspec
 import psutil
 
-from cli.fleet_home import FleetHome, FleetStatus, Record, ReplicaStatus, identify
-from cli.local_ray import LocalRay, adopt_orphans, end_children
-from cluster.errors import MobulaError, Unreachable
+from cli.fleet_home import FleetHome, Record, identify
+from cli.joined_ray import joined_ray
+from cli.local_ray import LocalRay, adopt_orphans, end_children, put_away, show_logs
+from cli.status_answerer import StatusAnswerer
+from cluster.errors import MobulaError, Permanent
 from cluster.fleet import Fleet
 from cluster.placement import NODE_LABEL
-from cluster.replica import Phase, Replica
 
 log = logging.getLogger("mobula")
 
-STATUS_S = 2.0  # A worker that does not answer by then is shown without its load.
+GATEWAY_STOP_S = 45.0  # Its streams have 30 s to finish.
+SERVE = "serve"  # The namespace of Ray Serve's own actors.
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,8 +51,10 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     """phase, step, ready or failed."""
     text: str
-    total: int = 0
-    """With a phase: how many steps it has, 0 if that is not known."""
+    total: int = 1
+    """With a phase: how many steps it has."""
+    permanent: bool = False
+    """With failed: the same will happen again."""
 
 
 Tell = Callable[[Progress], None]
@@ -59,16 +65,16 @@ def main() -> None:
     order = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Order)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with os.fdopen(int(sys.argv[2]), "wb", buffering=0) as pipe:
+        tell = _teller(pipe)
         try:
-            _supervise(order, home, _teller(pipe))
+            _supervise(order, home, tell)
         except MobulaError as error:
-            _say_last(pipe, str(error))
+            tell(Progress(kind="failed", text=str(error), permanent=isinstance(error, Permanent)))
         except SystemExit:
-            _say_last(pipe, "stopped before it was up")
+            tell(Progress(kind="failed", text="stopped before it was up"))
         except Exception as error:
             log.exception("the supervisor failed")
-            _say_last(pipe, f"{type(error).__name__}: {error} (see {home.log_path})")
-    home.clear()
+            tell(Progress(kind="failed", text=f"{type(error).__name__}: {error} (see {home.log_path})"))
     # Ray's exit handlers would wait for processes that are gone.
     logging.shutdown()
     os._exit(0)
@@ -80,53 +86,62 @@ def _supervise(order: Order, home: FleetHome, tell: Tell) -> None:
     adopt_orphans()
     fleet = order.fleet
     url = f"http://{fleet.gateway.host}:{fleet.gateway.port}"
-    record = Record(fleet=fleet.name, supervisor=identify(psutil.Process()), url=url)
+    directory = None if order.address else tempfile.mkdtemp(prefix="mobula-", dir="/tmp")  # Sockets' paths must be short.
+    supervisor = identify(psutil.Process())
+    record = Record(fleet=fleet.name, supervisor=supervisor, url=url, directory=directory, address=order.address)
     home.write_record(record)
-    secret = _secret(fleet, home)
-    with _ray(order, tell) as directory:
-        record = msgspec.structs.replace(record, directory=directory)
-        signal.signal(signal.SIGTERM, _exit)  # Ray has put its own in place.
-        asyncio.run(_Supervisor(fleet, secret, record, home, tell).run())
+    faults: tuple[str, ...] = ()
+    try:
+        with _ray(order, directory, home, tell):
+            signal.signal(signal.SIGTERM, _exit)  # Ray has put its own in place.
+            running = _Supervisor(fleet, _secret(fleet, home), url, home, tell, local=directory is not None)
+            faults = asyncio.run(running.run())
+    finally:
+        home.clear()
+        if faults:
+            home.write_record(msgspec.structs.replace(record, faults=faults))
 
 
 @contextlib.contextmanager
-def _ray(order: Order, tell: Tell) -> Iterator[str | None]:
-    """Connected to Ray; the directory of a local one."""
-    if order.address is None:
-        tell(Progress(kind="phase", text=f"Starting Ray with {len(order.fleet.nodes)} nodes"))
+def _ray(order: Order, directory: str | None, home: FleetHome, tell: Tell) -> Iterator[None]:
+    """Connected to Ray, to a local one where there is a directory for it."""
+    if directory is not None:
+        count = len(order.fleet.nodes)
+        tell(Progress(kind="phase", text=f"Starting Ray with {count} {'node' if count == 1 else 'nodes'}"))
         local = None
         try:
-            local = LocalRay(order.fleet.nodes, NODE_LABEL)
-            yield str(local.directory)
+            local = LocalRay(order.fleet.nodes, NODE_LABEL, Path(directory))
+            show_logs(Path(directory), home.ray_logs_path)
+            yield
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Already on the way out.
             if local is not None:
                 local.stop()
             end_children()
+            put_away(Path(directory), home.ray_logs_path)
     else:
         tell(Progress(kind="phase", text=f"Joining Ray at {order.address}"))
-        import ray
-
-        ray.init(address=order.address, log_to_driver=False)
-        try:
-            yield None
-        finally:
-            ray.shutdown()
+        with joined_ray(order.address):
+            yield
 
 
 class _Supervisor:
-    def __init__(self, fleet: Fleet, secret: str, record: Record, home: FleetHome, tell: Tell) -> None:
+    def __init__(self, fleet: Fleet, secret: str, url: str, home: FleetHome, tell: Tell, *, local: bool) -> None:
+        """`local`: Ray is ours and ends with the fleet."""
         self._fleet = fleet
+        self._local = local
         self._secret = secret
-        self._record = record
+        self._url = url
         self._home = home
         self._tell = tell
         self._stop = asyncio.Event()
+        self._opening: asyncio.Future[None] | None = None
+        self._served_before = False
         self._workers: Any = None
         self._registry: Any = None
 
-    async def run(self) -> None:
-        """Everything up, then wait for SIGTERM, then everything down."""
+    async def run(self) -> tuple[str, ...]:
+        """Everything up, then wait for SIGTERM, then everything down. What could not be ended in order."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop.set)
         starting = asyncio.ensure_future(self._start())
         stopping = asyncio.ensure_future(self._stop.wait())
@@ -139,7 +154,8 @@ class _Supervisor:
             await stopping
         finally:
             stopping.cancel()
-            await self._end()
+            faults = await self._end()
+        return faults
 
     async def _start(self) -> None:
         from controller.act.replicas import Workers, check_nodes, start_registry
@@ -153,81 +169,42 @@ class _Supervisor:
         await self._workers.start(plans, lambda plan: self._tell(Progress(kind="step", text=plan.worker_id)))
         self._tell(Progress(kind="phase", text="Opening the gateway"))
         await self._open_gateway()
-        await asyncio.start_unix_server(self._answer, self._home.socket_path)
-        processes = tuple(identify(child) for child in _children())
-        self._home.write_record(msgspec.structs.replace(self._record, processes=processes))
-        self._tell(Progress(kind="ready", text=self._record.url))
+        answerer = StatusAnswerer(self._fleet.name, self._url, self._registry, self._workers)
+        await asyncio.start_unix_server(answerer.answer, self._home.socket_path)
+        self._tell(Progress(kind="ready", text=self._url))
 
     async def _open_gateway(self) -> None:
+        import ray
+
         from gateway.deployment import deploy
 
-        await asyncio.to_thread(deploy, self._fleet, self._secret)
+        self._served_before = any(actor["namespace"] == SERVE for actor in ray.util.list_named_actors(all_namespaces=True))
+        self._opening = asyncio.ensure_future(_apart(deploy, self._fleet, self._secret))
+        await asyncio.shield(self._opening)
 
-    async def _end(self) -> None:
-        """The gateway first, so that nothing new comes; then the workers, which finish what they have."""
+    async def _close_gateway(self) -> None:
+        from gateway.deployment import shutdown
+
+        if self._opening is None or (self._local and not self._opening.done()):
+            return  # Nothing streams yet, and a local Ray ends with all that is in it.
+        async with asyncio.timeout(GATEWAY_STOP_S):
+            await asyncio.wait([self._opening])
+            if self._opening.exception() is None:
+                await _apart(shutdown, self._fleet.name)
+            if not (self._local or self._served_before):
+                await _apart(_end_unused_serve)
+
+    async def _end(self) -> tuple[str, ...]:
+        """The gateway first, so that nothing new comes; then the workers, which finish what they have. An error stops neither."""
+        faults = []
         if self._workers is not None:
-            with contextlib.suppress(Exception):
-                from gateway.deployment import shutdown
-
-                await asyncio.to_thread(shutdown, self._fleet.name)
-            await self._workers.stop()
-
-    async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One status to whoever connects."""
-        try:
-            writer.write(msgspec.json.encode(await self._status()))
-            await writer.drain()
-        finally:
-            writer.close()
-
-    async def _status(self) -> FleetStatus:
-        membership = await self._registry.membership()
-        lost = await self._registry.lost()
-        rows = (*membership.replicas, *lost)
-        workers = sorted({row.worker_id for row in rows})
-        answers = await asyncio.gather(*map(self._ask, workers))
-        by_worker = dict(zip(workers, answers, strict=True))
-        return FleetStatus(
-            fleet=self._fleet.name,
-            url=self._record.url,
-            version=membership.version,
-            replicas=tuple(_row(row, by_worker[row.worker_id]) for row in rows),
-        )
-
-    async def _ask(self, worker_id: str) -> Any:
-        """A worker's status; None from one that drains or is stuck, LOST from one that is gone."""
-        try:
-            return await self._workers.call(worker_id, "status", STATUS_S)
-        except TimeoutError:
-            return None
-        except Unreachable:
-            return Phase.LOST
-
-
-def _row(row: Replica, worker: Any) -> ReplicaStatus:
-    status = ReplicaStatus(
-        replica_id=row.replica_id,
-        role=row.role.value,
-        phase=(worker if isinstance(worker, Phase) else row.phase).value,
-        model=row.model,
-        node=row.node,
-        worker_id=row.worker_id,
-        endpoint=row.endpoint,
-        kv_blocks=row.kv_blocks,
-    )
-    if worker is None or isinstance(worker, Phase):
-        return status
-    load = next(load for load in worker.loads if load.replica_id == row.replica_id)
-    return msgspec.structs.replace(
-        status,
-        pid=worker.pid,
-        metrics_url=worker.metrics_url,
-        running=load.running,
-        waiting=load.waiting,
-        kv_blocks_used=load.kv_blocks_used,
-        step_s=load.step_s,
-        power_w=load.power_w,
-    )
+            for what, end in (("gateway", self._close_gateway), ("workers", self._workers.stop)):
+                try:
+                    await end()
+                except Exception as error:
+                    log.exception("the %s did not end in order", what)
+                    faults.append(f"{what}: {str(error) or type(error).__name__}")
+        return tuple(faults)
 
 
 def _secret(fleet: Fleet, home: FleetHome) -> str:
@@ -239,8 +216,34 @@ def _secret(fleet: Fleet, home: FleetHome) -> str:
     return secret
 
 
-def _children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+def _end_unused_serve() -> None:
+    """What Ray Serve keeps running without an application, in a Ray that goes on."""
+    from ray import serve
+
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+async def _apart(call: Callable[..., Any], *arguments: Any) -> None:
+    """A blocking call on a thread of its own, for which nobody waits once this is cancelled."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def finish(error: BaseException | None) -> None:
+        if not done.done():
+            done.set_result(None) if error is None else done.set_exception(error)
+
+    def run() -> None:
+        error = None
+        try:
+            call(*arguments)
+        except BaseException as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # The loop has ended without us.
+            loop.call_soon_threadsafe(finish, error)
+
+    threading.Thread(target=run, daemon=True).start()
+    await done
 
 
 def _teller(pipe: Any) -> Tell:
@@ -250,11 +253,6 @@ def _teller(pipe: Any) -> Tell:
             pipe.write(msgspec.json.encode(progress) + b"\n")
 
     return tell
-
-
-def _say_last(pipe: Any, message: str) -> None:
-    log.error("%s", message)
-    _teller(pipe)(Progress(kind="failed", text=message))
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

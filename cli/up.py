@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Annotated, BinaryIO
 
 import msgspec
+import psutil
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 import cli
-from cli.fleet_home import FleetHome
+from cli.down import end_fleet
+from cli.fleet_home import FleetHome, Record, identify
+from cli.local_ray import processes_in
 from cli.supervisor import Order, Progress
 from cluster.errors import InvalidConfig, Unreachable
-from cluster.fleet import Fleet
-
-STOP_S = 90.0  # Longer than draining, Ray's shutdown and the last kill together.
 
 
 def up(
@@ -31,47 +31,70 @@ def up(
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting a local one.")] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until Ctrl-C, which stops the fleet.")] = False,
 ) -> None:
-    """Start a fleet: Ray, workers and gateway. Returns when all is ready."""
-    process, url = start(file, address, Console(stderr=True))
+    """Start a fleet: Ray, workers and gateway. Returns when all is ready, with the URL on stdout.
+
+    Examples:
+
+    mobula up -f cluster.yaml
+
+    mobula up -f cluster.yaml --address 10.0.0.7:6379
+    """
+    console = Console(stderr=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    process, url, home = start(file, address, console)
     typer.echo(url)
+    console.print(f"logs: {home.path}", highlight=False, soft_wrap=True)
     if foreground:
         with contextlib.suppress(KeyboardInterrupt):
             process.wait()
-        end(process)
+        end(process, home, console)
 
 
-def start(file: Path, address: str | None, console: Console) -> tuple[subprocess.Popen[bytes], str]:
-    """The supervisor's process and the URL it serves at. Raises MobulaError with nothing left running."""
-    from controller.config import read_fleet
+def start(file: Path, address: str | None, console: Console) -> tuple[subprocess.Popen[bytes], str, FleetHome]:
+    """The supervisor's process, the URL it serves at, and where it is recorded. Raises MobulaError with nothing left running."""
+    from controller.config import check_fleet, load_fleet
+    from gateway.keys import read_keys
 
-    fleet = read_fleet(file)
+    fleet = load_fleet(file)
     home = FleetHome(fleet.name)
-    _refuse_second(fleet, home)
+    _refuse_second(home)
+    check_fleet(file, fleet, here=address is None)
+    if fleet.gateway.keys_file is not None:
+        read_keys(fleet.gateway.keys_file)
     home.make()
+    home.clear()
     process, progress = _spawn(Order(fleet=fleet, address=address), home)
     try:
         with progress:
-            return process, _follow(progress, home, console)
-    except BaseException:
-        end(process)
+            return process, _follow(progress, home, console), home
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            console.print("stopping what has started")
+        end(process, home, console)
         raise
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Have a supervisor stop everything; without an answer, kill it: its children follow."""
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
+def end(process: subprocess.Popen[bytes], home: FleetHome, console: Console) -> None:
+    """Have a supervisor stop everything, however far it is."""
+    if process.poll() is None:
+        alone = Record(fleet=home.path.name, supervisor=identify(psutil.Process(process.pid)), url="")
+        try:
+            end_fleet(home.record() or alone, home)
+        except Unreachable as error:
+            console.print(str(error), style="red", markup=False, soft_wrap=True)
         process.wait()
 
 
-def _refuse_second(fleet: Fleet, home: FleetHome) -> None:
+def _refuse_second(home: FleetHome) -> None:
     record = home.record()
-    if record is not None and record.supervisor.find() is not None:
-        running = f"is up as process {record.supervisor.pid} at {record.url}"
-        raise InvalidConfig(f"fleet {fleet.name} {running}; end it with `mobula down {fleet.name}`")
+    if record is None:
+        return
+    by_hand = f"end it with `mobula down {record.fleet}`"
+    if record.supervisor.find() is not None:
+        raise InvalidConfig(f"fleet {record.fleet} is up as process {record.supervisor.pid} at {record.url}; {by_hand}")
+    if record.directory is not None and processes_in(Path(record.directory)):
+        raise InvalidConfig(f"fleet {record.fleet} has lost its supervisor, but its workers still run; {by_hand}")
 
 
 def _spawn(order: Order, home: FleetHome) -> tuple[subprocess.Popen[bytes], BinaryIO]:
@@ -97,20 +120,20 @@ def _spawn(order: Order, home: FleetHome) -> tuple[subprocess.Popen[bytes], Bina
 
 
 def _follow(progress: BinaryIO, home: FleetHome, console: Console) -> str:
-    """Show the supervisor's progress until it is ready; the URL. Raises Unreachable with its last words."""
+    """Show the supervisor's progress until it is ready; the URL. Raises its last words."""
     with _bars(console) as bars:
         task: TaskID | None = None
         for line in progress:
             said = msgspec.json.decode(line, type=Progress)
+            if task is not None and said.kind in ("phase", "ready"):
+                bars.update(task, completed=bars.tasks[task].total)
             match said.kind:
                 case "ready":
                     return said.text
                 case "failed":
-                    raise Unreachable(said.text)
+                    raise InvalidConfig(said.text) if said.permanent else Unreachable(said.text)
                 case "phase":
-                    if task is not None:
-                        bars.update(task, total=1, completed=1)
-                    task = bars.add_task(said.text, total=said.total or 1)
+                    task = bars.add_task(said.text, total=said.total)
                 case "step":
                     bars.advance(task)
     raise Unreachable(f"the supervisor ended without a word; see {home.log_path}")
@@ -118,6 +141,6 @@ def _follow(progress: BinaryIO, home: FleetHome, console: Console) -> str:
 
 @contextlib.contextmanager
 def _bars(console: Console) -> Iterator[Bars]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, console=console) as bars:
         yield bars

@@ -96,7 +96,7 @@ class GatewaySpec(_Spec, frozen=True, kw_only=True):
     port: int = 8000
     replicas: int = 1
     keys_file: str | None = None
-    """File of hashed API keys."""
+    """File of hashed API keys. Changes take effect within a second; one that cannot be read leaves the keys as they were."""
     allow_anonymous: bool = False
     """Serve without keys. One of the two must be given."""
     max_queue: int = 256

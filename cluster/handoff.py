@@ -54,6 +54,8 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     generated: tuple[int, ...]
     first: Token | None = None
     """The first token's event where the sender has not shown it to the client (after a remote prefill)."""
+    transfer_params: dict[str, object] | None = None
+    """Where the KV is, in the words of an engine that moves it by itself; None where it comes by blocks."""
 
     @property
     def kv_tokens(self) -> int:

@@ -145,6 +145,12 @@ def _opt(name: str, layers: int, hidden: int, heads: int) -> ModelShape:
     )
 
 
+# The presets of `mobula model init`.
+_TINY_DENSE = msgspec.structs.replace(_llama("tiny-dense", 3, 192, 6, 2, 512, 1024), tied_embeddings=True)
+_TINY_MOE = msgspec.structs.replace(
+    _TINY_DENSE, name="tiny-moe", intermediate=0, experts=8, experts_per_token=2, expert_intermediate=192, qk_norm=True
+)
+
 MODELS: Mapping[str, ModelShape] = {
     shape.name: shape
     for shape in (
@@ -164,7 +170,8 @@ MODELS: Mapping[str, ModelShape] = {
         _mixtral("mixtral-8x7b", 32, 4096, 32, 8, 14_336, 32_000),
         _opt("opt-13b", 40, 5120, 40),
         _opt("opt-66b", 64, 9216, 72),
-        _llama("tiny-dense", 4, 128, 4, 2, 256, 1024),
+        _TINY_DENSE,
+        _TINY_MOE,
     )
 }
 

@@ -50,7 +50,7 @@ class CandidateRecord(msgspec.Struct, frozen=True, kw_only=True):
 class RouteRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Where a request went and why.
 
-    Fields as in `policies.policy.Route`, so that `msgspec.convert(route, RouteRecord, from_attributes=True)` makes one.
+    Fields as in `policies.route.Route`, so that `msgspec.convert(route, RouteRecord, from_attributes=True)` makes one.
     """
 
     decode: CandidateRecord
@@ -67,6 +67,8 @@ class RequestRecord(TraceRow, frozen=True, kw_only=True):
     """What became of one request. `output_tokens` counts those the client was sent. A time of None did not occur."""
 
     request_id: str
+    http_request_id: str = ""
+    """The x-request-id that its answer carries; choices of one HTTP request share it."""
     arrival_unix_s: float
     key_id: str | None = None
     """Names the API key without revealing it; None for anonymous."""
@@ -76,6 +78,8 @@ class RequestRecord(TraceRow, frozen=True, kw_only=True):
     """Why it was rejected or failed."""
     attempts: Count = 1
     """Replicas tried; 0 if it never left the gateway's queue."""
+    replicas: tuple[str, ...] = ()
+    """Which decoded it or failed to, in the order they were tried."""
     route: RouteRecord | None = None
     """Of the last attempt."""
     queue_s: float | None = None

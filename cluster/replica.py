@@ -70,9 +70,11 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Membership(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole table at one version. Versions only rise."""
+    """The whole table at one version. Versions of one registry only rise."""
 
     version: int
+    registry: str = ""
+    """Tells a registry from the one before it, whose table it does not know."""
     replicas: tuple[Replica, ...] = ()
 
 

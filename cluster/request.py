@@ -12,6 +12,7 @@ MAX_STOP_STRINGS = 16  # OpenAI allows 4; open servers more. Each is searched af
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20  # OpenAI's own bound.
+MIN_REPETITION_PENALTY = 0.01  # Logits are divided by it, and must stay finite.
 MAX_SEED = 2**63 - 1
 
 
@@ -47,7 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             _within("top_k", self.top_k, 1, 2**31 - 1)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, 10.0, above_low=True)
+        _within("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 10.0)
         _within("seed", self.seed, -MAX_SEED, MAX_SEED)
         if self.logprobs is not None:
             _within("top_logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
@@ -71,7 +72,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     arrival_s: float = 0.0
     """Unix time at the gateway."""
     deadline_s: float | None = None
-    """Unix time after which nobody wants the first token; None waits for ever."""
+    """Unix time after which nobody wants the first token: what has not generated it then is ended. None waits for ever."""
     salt: str = ""
     """Keeps this tenant's KV blocks apart from others' (`cluster.kv.KvNamespace`)."""
 

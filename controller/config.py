@@ -5,13 +5,18 @@ A bad file is refused whole, before anything starts, by one InvalidConfig that n
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import ipaddress
 import itertools
 import json
+import math
+import os
 import re
 import socket
+import ssl
+import sys
 import types
 import typing
 from collections import Counter
@@ -20,43 +25,62 @@ from pathlib import Path
 
 import msgspec
 import psutil
+import yaml
 
-from cluster.errors import InvalidConfig
-from cluster.fleet import Fleet, GatewaySpec, ModelSpec, NodeSpec, ReplicaGroup, RoutingSpec
+from cluster.errors import InvalidConfig, InvalidModel
+from cluster.fleet import Fleet, GatewaySpec, ModelSpec, NodeSpec, Pace, ReplicaGroup, RoutingSpec
 from cluster.kv import DTYPE_BYTES, KvLayout
 from cluster.placement import ReplicaPlan, WorkerPlan
+from workers.checkpoint import check_files
 
 MAX_CONFIG_BYTES = 2**20  # Ten thousand nodes by name are half of it.
 MAX_REPLICAS = 10_000  # The largest fleet whose decisions are budgeted.
 MAX_NAME_CHARS = 40  # Names become directory, actor and metric names; a Unix socket's path has 107 characters.
+MAX_MODEL_CHARS = 200  # Hub names are up to 96; clients name a model in every request.
 MAX_PORT = 65_535
+MAX_THREADS = 1024  # Cores of the largest machines.
 TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
-KV_MEMORY_SHARE = 0.8  # Of the memory now available: weights, activations and the rest of the machine need the remainder.
+MEMORY_SHARE = 0.8  # Of the memory there is for weights and KV: activations and the rest of the machine need the remainder.
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def read_fleet(path: Path) -> Fleet:
-    """The fleet of a cluster.yaml, decoded and checked. Relative paths in it are taken from the file's own directory."""
+def load_fleet(path: Path) -> Fleet:
+    """The fleet of a cluster.yaml, decoded. Relative paths in it are taken from the file's own directory."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise InvalidConfig(f"{path}: cannot be read: {error.strerror}") from error
     if len(data) > MAX_CONFIG_BYTES:
         raise InvalidConfig(f"{path}: {len(data)} bytes above {MAX_CONFIG_BYTES}, the largest config")
-    try:
-        fleet = parse_fleet(data, path.absolute().parent)
+    with _named(path):
+        return parse_fleet(data, path.absolute().parent)
+
+
+def check_fleet(path: Path, fleet: Fleet, *, here: bool = True) -> None:
+    """Raise InvalidConfig for the first thing in a cluster.yaml that cannot be. `here`: all of it will run on this machine."""
+    with _named(path):
         check(fleet)
+        if here:
+            _check_memory(fleet)
+            if fleet.gateway.request_log:
+                _check_writable(Path(fleet.gateway.request_log), "gateway.request_log")
+            _check_port_free(fleet.gateway.host, fleet.gateway.port)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except InvalidConfig as error:
         raise InvalidConfig(f"{path}: {error}") from error.__cause__
-    return fleet
 
 
 def parse_fleet(data: bytes, base: Path) -> Fleet:
     """Decode YAML into types, without asking whether the fleet is possible. `base`: what relative paths start from."""
     try:
-        plain = msgspec.yaml.decode(data)
-    except msgspec.DecodeError as error:
+        plain = yaml.load(data, _UniqueKeys)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InvalidConfig(f"is no YAML: {_one_line(error)}") from error
     if not isinstance(plain, dict):
         raise InvalidConfig(f"holds {type(plain).__name__}, not a mapping of settings")
@@ -69,7 +93,7 @@ def parse_fleet(data: bytes, base: Path) -> Fleet:
 
 
 def check(fleet: Fleet) -> None:
-    """Raise InvalidConfig for the first thing that cannot be."""
+    """Raise InvalidConfig for the first thing that cannot be on any machine."""
     _check_names(fleet)
     for index, group in enumerate(fleet.replicas):
         _check_group(fleet, group, f"replicas[{index}]")
@@ -77,10 +101,20 @@ def check(fleet: Fleet) -> None:
     _check_gateway(fleet.gateway)
     _check_transport(fleet)
     _check_router(fleet.routing)
+    _check_slo(fleet)
     for model in fleet.models:
         _check_model(fleet, model)
-    _check_memory(fleet)
-    _check_port_free(fleet.gateway.host, fleet.gateway.port)
+
+
+class _UniqueKeys(yaml.CSafeLoader):
+    """Plain YAML in which a key given twice is an error, not silently its last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
+        for key, times in keys.items():
+            if times > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key `{key}` is given {times} times", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def expand(fleet: Fleet) -> tuple[WorkerPlan, ...]:
@@ -124,6 +158,9 @@ def _check_keys(plain: object, kind: object, place: str) -> None:
     if typing.get_origin(kind) is tuple and isinstance(plain, list):
         for index, item in enumerate(plain):
             _check_keys(item, typing.get_args(kind)[0], f"{place}[{index}]")
+    elif typing.get_origin(kind) is dict and isinstance(plain, dict):
+        for key, value in plain.items():
+            _check_keys(value, typing.get_args(kind)[1], f"{place}.{key}")
     elif typing.get_origin(kind) in (types.UnionType, typing.Union):
         for choice in typing.get_args(kind):
             _check_keys(plain, choice, place)
@@ -153,8 +190,8 @@ def _check_names(fleet: Fleet) -> None:
         for index, name in enumerate(names):
             if field == "nodes":
                 _check_name(name, f"nodes[{index}].name")
-            elif not name:
-                raise InvalidConfig(f"models[{index}].name is empty")
+            elif not name.isprintable() or " " in name or not 0 < len(name) <= MAX_MODEL_CHARS:
+                raise InvalidConfig(f"models[{index}].name {name!r} is not 1 to {MAX_MODEL_CHARS} characters without spaces")
             if name in names[:index]:
                 raise InvalidConfig(f"{field}[{index}].name {name} is taken by {field}[{names.index(name)}]; names are given once")
     for index, node in enumerate(fleet.nodes):
@@ -180,8 +217,19 @@ def _check_known(catalogue: str, name: str, place: str) -> None:
 
 
 def _check_at_least(value: float, low: float, place: str) -> None:
-    if value < low:
+    if not value >= low:
         raise InvalidConfig(f"{place} {value} is below {low}")
+    _check_at_most(value, sys.float_info.max, place)
+
+
+def _check_at_most(value: float, high: float, place: str) -> None:
+    if value > high:
+        raise InvalidConfig(f"{place} {value} is above {high}")
+
+
+def _check_positive(value: float, place: str) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise InvalidConfig(f"{place} {value} is not a finite number above 0")
 
 
 # Replica groups
@@ -190,7 +238,8 @@ def _check_at_least(value: float, low: float, place: str) -> None:
 def _check_group(fleet: Fleet, group: ReplicaGroup, place: str) -> None:
     for field in ("count", "per_worker", "kv_blocks", "block_tokens", "max_running", "step_budget_tokens", "threads"):
         _check_at_least(getattr(group, field), 1, f"{place}.{field}")
-    _check_at_least(MAX_REPLICAS, sum(other.count for other in fleet.replicas), "replicas: the bound on all counts together,")
+    _check_at_most(group.threads, MAX_THREADS, f"{place}.threads")
+    _check_at_most(sum(other.count for other in fleet.replicas), MAX_REPLICAS, "replicas: the sum of all counts")
     models = [model.name for model in fleet.models]
     if not group.model and len(models) > 1:
         raise InvalidConfig(f"{place}.model is left out, but there are {len(models)} models: {', '.join(models)}")
@@ -212,8 +261,23 @@ def _check_group(fleet: Fleet, group: ReplicaGroup, place: str) -> None:
         _check_known("model shape", group.pace.shape, f"{place}.pace.shape")
         _check_known("accelerator", group.pace.accelerator, f"{place}.pace.accelerator")
         _check_at_least(group.pace.tensor_parallel, 1, f"{place}.pace.tensor_parallel")
-        if not group.pace.speedup > 0:
-            raise InvalidConfig(f"{place}.pace.speedup {group.pace.speedup} is not above 0")
+        _check_positive(group.pace.speedup, f"{place}.pace.speedup")
+        _check_pace_fits(group, group.pace, place)
+
+
+def _check_pace_fits(group: ReplicaGroup, pace: Pace, place: str) -> None:
+    """Whether the machine that is played could hold the model that is played, with this much KV."""
+    from cluster.hardware import ACCELERATORS
+    from cluster.models import MODELS
+
+    shape, accelerator = MODELS[pace.shape], ACCELERATORS[pace.accelerator]
+    weights, room = shape.weight_bytes(), accelerator.memory_bytes * pace.tensor_parallel
+    kv = group.kv_blocks * group.block_tokens * shape.kv_bytes_per_token()
+    if weights + kv > room:
+        raise InvalidConfig(
+            f"{place}: {group.kv_blocks} kv_blocks of {shape.name} are {kv} bytes beside {weights} of weights, "
+            f"above {room}, the memory of {pace.tensor_parallel} x {accelerator.name}"
+        )
 
 
 def _check_roles(fleet: Fleet) -> None:
@@ -221,6 +285,11 @@ def _check_roles(fleet: Fleet) -> None:
         groups = [group for group in fleet.replicas if model_of(fleet, group) is model]
         if not any(group.role.decodes for group in groups):
             raise InvalidConfig(f"replicas: none decodes model {model.name}; give it one of role decode or mixed")
+        for field in ("block_tokens", "dtype"):
+            values = {getattr(group, field): index for index, group in enumerate(fleet.replicas) if group in groups}
+            if len(values) > 1:
+                given = " but ".join(f"{value} in replicas[{index}]" for value, index in values.items())
+                raise InvalidConfig(f"replicas: {field} is {given}; those of one model hand KV over to each other and must agree")
 
 
 # Models and memory
@@ -230,35 +299,48 @@ def _check_model(fleet: Fleet, model: ModelSpec) -> None:
     """A path that looks like one must be a model directory; other names are left to the hub."""
     path = Path(model.path)
     if path.is_absolute() and any(group.engine == "torch" for group in fleet.replicas if model_of(fleet, group) is model):
-        if not path.is_dir():
-            raise InvalidConfig(f"models: {model.name}: path {path} is no directory")
-        if not (path / "config.json").is_file():
-            raise InvalidConfig(f"models: {model.name}: {path / 'config.json'} is missing")
+        try:
+            check_files(path)
+        except InvalidModel as error:
+            raise InvalidConfig(f"models: {model.name}: {error}") from error
 
 
 def _check_memory(fleet: Fleet) -> None:
-    """Refuse more KV than this machine's memory where its replicas would all run here in CPU memory.
-
-    Models known only by hub name are not counted: their config is not here yet.
-    """
-    bound = int(psutil.virtual_memory().available * KV_MEMORY_SHARE)
+    """Refuse more weights and KV than this machine has memory for: all nodes of a local Ray are this machine."""
+    bound = int(psutil.virtual_memory().available * MEMORY_SHARE)
     total = 0
     for index, group in enumerate(fleet.replicas):
-        block_bytes = _block_bytes(model_of(fleet, group), group)
-        total += group.count * group.kv_blocks * block_bytes
+        kv, weights = _kv_bytes(model_of(fleet, group), group), _weight_bytes(model_of(fleet, group), group)
+        total += group.count * (kv + weights)
         if total > bound:
             raise InvalidConfig(
-                f"replicas[{index}]: {group.count} x {group.kv_blocks} kv_blocks of {block_bytes} bytes bring the fleet's KV to "
-                f"{total} bytes, above {bound}, {KV_MEMORY_SHARE:.0%} of this machine's available memory"
+                f"replicas[{index}]: {group.count} x ({group.kv_blocks} kv_blocks, {kv} bytes, and {weights} of weights) bring the "
+                f"fleet to {total} bytes, above {bound}, {MEMORY_SHARE:.0%} of this machine's available memory"
             )
 
 
-def _block_bytes(model: ModelSpec, group: ReplicaGroup) -> int:
+def memory_by_node(fleet: Fleet) -> Counter[str]:
+    """Bytes of main memory for weights and KV that each node's replicas will take; more while they load."""
+    taken: Counter[str] = Counter()
+    for plan in expand(fleet):
+        for replica in plan.replicas:
+            taken[plan.node.name] += _kv_bytes(replica.model, replica.group) + _weight_bytes(replica.model, replica.group)
+    return taken
+
+
+def _kv_bytes(model: ModelSpec, group: ReplicaGroup) -> int:
+    """0 where it is not in main memory, or where only the hub knows the model."""
     path = Path(model.path) / "config.json"
     if group.engine != "torch" or group.device != "cpu" or not path.is_file():
         return 0
-    layout = layout_of(path, group.dtype, group.block_tokens)
-    return layout.block_bytes
+    return group.kv_blocks * layout_of(path, group.dtype, group.block_tokens).block_bytes
+
+
+def _weight_bytes(model: ModelSpec, group: ReplicaGroup) -> int:
+    """As in the checkpoint's files."""
+    if group.engine != "torch" or group.device != "cpu":
+        return 0
+    return sum(path.stat().st_size for path in Path(model.path).glob("*.safetensors"))
 
 
 def layout_of(config: Path, dtype: str, block_tokens: int) -> KvLayout:
@@ -295,21 +377,49 @@ def _check_gateway(gateway: GatewaySpec) -> None:
         raise InvalidConfig(f"gateway.keys_file {gateway.keys_file} is no file")
 
 
+def _check_writable(directory: Path, place: str) -> None:
+    """A directory that is there, or can be made."""
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    if not nearest.is_dir():
+        raise InvalidConfig(f"{place} {directory}: {nearest} is no directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InvalidConfig(f"{place} {directory}: {nearest} cannot be written to")
+
+
 def _check_transport(fleet: Fleet) -> None:
     transport = fleet.transport
-    if transport.kv_bytes_per_s is not None and not transport.kv_bytes_per_s > 0:
-        raise InvalidConfig(f"transport.kv_bytes_per_s {transport.kv_bytes_per_s} is not above 0")
+    if transport.kv_bytes_per_s is not None:
+        _check_positive(transport.kv_bytes_per_s, "transport.kv_bytes_per_s")
     if transport.secret_file is not None and not Path(transport.secret_file).is_file():
         raise InvalidConfig(f"transport.secret_file {transport.secret_file} is no file")
     if transport.tls_dir is not None:
         for name in TLS_FILES:
             if not (Path(transport.tls_dir) / name).is_file():
                 raise InvalidConfig(f"transport.tls_dir {transport.tls_dir} lacks {name}; it needs {', '.join(TLS_FILES)}")
+        _check_certificates(Path(transport.tls_dir))
     elif not _is_loopback(fleet.gateway.host):
         raise InvalidConfig(
             f"gateway.host {fleet.gateway.host} is no loopback address and transport.tls_dir is missing: "
             "without TLS everything stays on 127.0.0.1"
         )
+
+
+def _check_certificates(directory: Path) -> None:
+    context = ssl.create_default_context()
+    authority, certificate, key = (directory / name for name in TLS_FILES)
+    try:
+        context.load_verify_locations(authority)
+        context.load_cert_chain(certificate, key)
+    except (ssl.SSLError, OSError) as error:
+        reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else str(error)
+        raise InvalidConfig(f"transport.tls_dir {directory}: {', '.join(TLS_FILES)} do not load: {reason}") from error
+
+
+def _check_slo(fleet: Fleet) -> None:
+    for name, slo in fleet.slo.items():
+        for field in slo.__struct_fields__:
+            if (bound := getattr(slo, field)) is not None:
+                _check_positive(bound, f"slo.{name}.{field}")
 
 
 def _is_loopback(host: str) -> bool:
@@ -328,9 +438,11 @@ def _check_router(routing: RoutingSpec) -> None:
     except (ImportError, AttributeError, ValueError) as error:
         raise InvalidConfig(f"routing.use {routing.use!r} cannot be imported as module:Class: {error}") from error
     try:
-        router(**routing.settings)
+        made = router(**routing.settings)
     except (TypeError, ValueError) as error:
         raise InvalidConfig(f"routing.settings do not fit {routing.use}: {error}") from error
+    if not hasattr(made, "route"):
+        raise InvalidConfig(f"routing.use {routing.use!r} makes no Router: {type(made).__name__} has no method route")
 
 
 def _check_port_free(host: str, port: int) -> None:

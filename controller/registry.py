@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ REGISTRY_NAME = "mobula-registry"
 SILENCE_S = 5.0  # Five heartbeats: a worker paused by a busy machine is not taken for dead, and nobody waits long for a dead one.
 SWEEP_S = 0.5
 MAX_WAIT_S = 30.0  # Of one long poll.
+GATEWAY_GRACE_S = 5.0  # A gateway replica that asks again so late after its long poll is gone.
 
 
 def namespace_of(fleet_name: str) -> str:
@@ -29,7 +31,8 @@ def namespace_of(fleet_name: str) -> str:
 class MembershipTable:
     """Replicas by worker, with the time each worker was last heard. Time comes in; the version rises with every change."""
 
-    def __init__(self) -> None:
+    def __init__(self, registry: str = "") -> None:
+        self._registry = registry
         self._replicas: dict[str, Replica] = {}
         self._heard_s: dict[str, float] = {}
         self._version = 0
@@ -37,7 +40,8 @@ class MembershipTable:
     @property
     def membership(self) -> Membership:
         """By replica id, so that equal tables are equal tuples."""
-        return Membership(version=self._version, replicas=tuple(self._replicas[name] for name in sorted(self._replicas)))
+        replicas = tuple(self._replicas[name] for name in sorted(self._replicas))
+        return Membership(version=self._version, registry=self._registry, replicas=replicas)
 
     def register(self, replicas: tuple[Replica, ...], now_s: float) -> None:
         """The workers named in them host exactly these from now on. Saying it again is harmless."""
@@ -84,9 +88,10 @@ class Registry:
     """The actor: a membership table with a clock and with callers who wait. Made by `ray.remote(Registry)`."""
 
     def __init__(self) -> None:
-        self._table = MembershipTable()
+        self._table = MembershipTable(secrets.token_hex(8))
         self._changed = asyncio.Event()
         self._lost: dict[str, Replica] = {}
+        self._gateways: dict[str, float] = {}
         self._sweeping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -110,8 +115,13 @@ class Registry:
         self._table.deregister(worker_id)
         self._tell()
 
-    async def membership(self, after_version: int = -1, timeout_s: float = 0.0) -> Membership:
-        """The table as soon as its version is above `after_version`, or as it is after `timeout_s`."""
+    async def membership(self, after_version: int = -1, timeout_s: float = 0.0, gateway: str | None = None) -> Membership:
+        """The table as soon as its version is above `after_version`, or as it is after `timeout_s`.
+
+        gateway: own address of the gateway replica that asks, by which others find it.
+        """
+        if gateway is not None:
+            self._gateways[gateway] = time.time() + timeout_s + GATEWAY_GRACE_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(timeout_s, MAX_WAIT_S)):
                 while self._table.membership.version <= after_version:
@@ -121,6 +131,12 @@ class Registry:
     async def lost(self) -> tuple[Replica, ...]:
         """Replicas whose worker fell silent and has not come back."""
         return tuple(self._lost.values())
+
+    async def gateways(self) -> tuple[str, ...]:
+        """Addresses of the gateway replicas that have asked of late."""
+        now_s = time.time()
+        self._gateways = {address: due_s for address, due_s in self._gateways.items() if due_s > now_s}
+        return tuple(sorted(self._gateways))
 
     async def _sweep(self) -> None:
         while True:
@@ -157,4 +173,8 @@ class RegistryClient:
 
     async def lost(self) -> tuple[Replica, ...]:
         found: tuple[Replica, ...] = await self._handle.lost.remote()
+        return found
+
+    async def gateways(self) -> tuple[str, ...]:
+        found: tuple[str, ...] = await self._handle.gateways.remote()
         return found

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from cli.fleet_home import FleetHome
+from cli.fleet_home import FleetHome, FleetStatus
 from cli.status import fetch, table
 from cluster.record import TraceRow
 from cluster.slo import Slo
@@ -29,7 +29,6 @@ HERE = Path(__file__).parent
 OUT = HERE.parent / ".mobula"
 CONFIG = HERE / "cluster.yaml"
 TRACE = HERE / "burst.jsonl"
-URL = "http://127.0.0.1:8000"
 MODEL = "tiny-dense"
 FLEET = FleetHome("demo")
 SLO = Slo(ttft_s=0.5, tpot_s=0.1)
@@ -39,15 +38,16 @@ SHOWN_TEXTS = 3
 
 
 def main() -> int:
-    """The whole show; 1 if any request failed."""
+    """The whole show; 1 if any request failed, and the code of `mobula up` if there was nothing to show."""
     console = Console()
-    mobula("up", "-f", str(CONFIG))
+    if up := mobula("up", "-f", str(CONFIG)):
+        return up  # It has said why.
     try:
-        rows = list(open_trace(str(TRACE)))
-        load, marks = asyncio.run(burst(rows, console))
+        url = fetch(FLEET).url
+        load, marks = asyncio.run(burst(list(open_trace(TRACE)), url, console))
     finally:
         mobula("down", FLEET.path.name)
-    report = summarise(load, SLO)
+    report = summarise(load, SLO, workload=TRACE.name, target=f"{MODEL} at {url}")
     console.print(render(report))
     show_texts(console, load)
     picture = OUT / "demo.png"
@@ -57,35 +57,38 @@ def main() -> int:
     return int(report.completed < report.requests)
 
 
-def mobula(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "cli.main", *arguments], check=True)
+def mobula(*arguments: str) -> int:
+    return subprocess.run([sys.executable, "-m", "cli.main", *arguments], check=False).returncode
 
 
-async def burst(rows: list[TraceRow], console: Console) -> tuple[Load, list[Mark]]:
+async def burst(rows: list[TraceRow], url: str, console: Console) -> tuple[Load, list[Mark]]:
     """Replay the rows, killing a decode worker on the way, with the fleet's table on screen."""
     load = Load()
-    replay = asyncio.create_task(run(rows, Target(url=URL, model=MODEL, text=True), load))
+    replay = asyncio.create_task(run(rows, Target(url=url, model=MODEL, text=True), load))
     killer = asyncio.create_task(kill_a_decode_worker(console))
     started_s = time.monotonic()
-    with Live(console=console, refresh_per_second=2, transient=True) as live:
+    with Live(console=console, refresh_per_second=2) as live:
         while not replay.done():
-            live.update(screen(load, len(rows), time.monotonic() - started_s))
+            # Apart from the loop, which times tokens: a supervisor that asks a dead worker takes seconds to answer.
+            now = await asyncio.to_thread(fetch, FLEET)
+            live.update(screen(now, load, len(rows), time.monotonic() - started_s))
             await asyncio.wait([replay], timeout=REFRESH_S)
     await replay
     return load, [await killer]
 
 
-def screen(load: Load, total: int, elapsed_s: float) -> Group:
+def screen(now: FleetStatus, load: Load, total: int, elapsed_s: float) -> Group:
     done = len(load.samples)
     failed = sum(not sample.timing.completed for sample in load.samples)
     line = Text(f"{elapsed_s:5.0f} s   {done} of {total} requests done, {load.in_flight} in flight, {failed} failed")
-    return Group(table(fetch(FLEET)), ProgressBar(total=total, completed=done), line)
+    return Group(table(now), ProgressBar(total=total, completed=done), line)
 
 
 async def kill_a_decode_worker(console: Console) -> Mark:
     """kill -9 the busiest decode worker once the burst is on."""
     await asyncio.sleep(KILL_AT_S)
-    decoders = [row for row in fetch(FLEET).replicas if row.role == "decode" and row.pid]
+    now = await asyncio.to_thread(fetch, FLEET)
+    decoders = [row for row in now.replicas if row.role == "decode" and row.pid]
     victim = max(decoders, key=lambda row: row.running)
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)

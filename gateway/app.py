@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import secrets
@@ -24,10 +25,10 @@ from cluster.slo import Slo
 from gateway.chat import ChatBody, ChatShape
 from gateway.completions import CompletionBody, CompletionShape
 from gateway.dispatch import Dispatcher
-from gateway.exchange import Exchange
-from gateway.keys import Keyring, read_keys
+from gateway.exchange import Exchange, Shape
+from gateway.keys import MAX_PRIORITY, Keyring
 from gateway.metrics import GatewayMetrics
-from gateway.openai import MAX_CHOICES, Body, decode, error_answer, error_body, sampling
+from gateway.openai import MAX_CHOICES, Body, decode, error_answer, error_body, sampling, within
 from gateway.request_log import RequestLog
 from gateway.schema import describe, operation
 from gateway.tokenizer import ChatTokenizer, load_tokenizer
@@ -62,7 +63,7 @@ def build_app(
         slos=slos,
         gateway_id=gateway_id or secrets.token_hex(8),
     )
-    app = FastAPI(title="Mobula", version="1", lifespan=gateway.lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Mobula", version="1", lifespan=gateway.lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
     post, get = {"methods": ["POST"]}, {"methods": ["GET"]}
     app.add_api_route("/v1/chat/completions", gateway.chat, **post, openapi_extra=operation(ChatBody))
@@ -97,12 +98,14 @@ class Gateway:
         if (spec.keys_file is not None) == spec.allow_anonymous:
             raise InvalidConfig("gateway: give either keys_file or allow_anonymous")
         self._spec = spec
-        self._keys = None if spec.keys_file is None else Keyring(read_keys(spec.keys_file))
+        self._metrics = GatewayMetrics()
+        self._keys = None if spec.keys_file is None else Keyring(spec.keys_file, unreadable=self._metrics.keys_unreadable)
         self._tokenizers: dict[str, ChatTokenizer] = {name: load_tokenizer(model) for name, model in models.items()}
         self._slos = slos
         self._started_s = time.time()
-        self._metrics = GatewayMetrics()
-        self._log = None if spec.request_log is None else RequestLog(spec.request_log, gateway_id, self._started_s)
+        self._log = None
+        if spec.request_log is not None:
+            self._log = RequestLog(spec.request_log, gateway_id, self._started_s, dropped=self._metrics.record_dropped)
         self._make_dispatcher = lambda: Dispatcher(
             gateway_id=gateway_id,
             membership=membership(),
@@ -133,7 +136,8 @@ class Gateway:
         body = await self._body(request, ChatBody)
         tokenizer = self._tokenizer(body.model)
         prompt = await tokenizer.encode(tokenizer.render([message.plain() for message in body.messages]), special=False)
-        return self._generate(request, body, [prompt], f"chatcmpl-{secrets.token_hex(12)}", ChatShape)
+        shape = functools.partial(ChatShape, token_bytes=tokenizer.token_bytes)
+        return self._generate(request, body, [prompt], f"chatcmpl-{secrets.token_hex(12)}", shape)
 
     async def complete(self, request: Request) -> Response:
         """Go on with a text or with tokens."""
@@ -144,14 +148,15 @@ class Gateway:
         return self._generate(request, body, prompts, f"cmpl-{secrets.token_hex(12)}", CompletionShape)
 
     async def _body(self, request: Request, kind: type[Body]) -> Any:
+        request.state.arrival_s = time.time()
+        _check_request_id(request)
         request.state.key = self._key(request)
-        _request_id(request)
         body = decode(await _read(request, self._spec.max_body_bytes), kind)
         body.check()
         return body
 
     def _generate(
-        self, request: Request, body: Any, prompts: list[list[int]], answer_id: str, shape: type[ChatShape] | type[CompletionShape]
+        self, request: Request, body: Any, prompts: list[list[int]], answer_id: str, shape: Callable[..., Shape]
     ) -> Response:
         context = self.dispatcher.context_tokens(body.model)
         limit, wanted = self._tokenizers[body.model].vocabulary, body.output_tokens
@@ -163,8 +168,9 @@ class Gateway:
             logprobs=body.alternatives,
         )
         choices, key = body.n or 1, request.state.key
+        within("priority", body.priority, -MAX_PRIORITY, MAX_PRIORITY if key is None else key.max_priority)
         requests = [
-            self._request(f"{answer_id}-{row * choices + turn}", body, prompt, params, turn, key)
+            self._request(f"{answer_id}-{row * choices + turn}", request.state.arrival_s, body, prompt, params, turn, key)
             for row, prompt in enumerate(prompts)
             for turn in range(choices)
         ]
@@ -173,14 +179,16 @@ class Gateway:
             self.dispatcher,
             requests,
             shape(answer_id, body.model, int(time.time()), logprobs=params.logprobs is not None, with_usage=with_usage),
-            {"x-request-id": request.state.request_id},
+            _request_id(request),
             choices_per_prompt=choices,
             key_id=None if key is None else key.key_id,
             stream=bool(body.stream),
             with_usage=with_usage,
         )
 
-    def _request(self, request_id: str, body: Any, prompt: list[int], params: Any, turn: int, key: Any) -> wire.Request:
+    def _request(
+        self, request_id: str, arrival_s: float, body: Any, prompt: list[int], params: Any, turn: int, key: Any
+    ) -> wire.Request:
         slo_class = body.slo_class or "default"
         if body.slo_class is not None and slo_class not in self._slos:
             raise InvalidRequest(f"slo_class {slo_class} is none of {', '.join(self._slos)}", param="slo_class")
@@ -193,7 +201,7 @@ class Gateway:
             tenant=ANONYMOUS if key is None else key.tenant,
             priority=body.priority or 0,
             slo_class=slo_class,
-            arrival_s=time.time(),
+            arrival_s=arrival_s,
             salt="" if key is None else key.tenant,
         )
 
@@ -202,13 +210,13 @@ class Gateway:
     async def list_models(self, request: Request) -> Response:
         """The models served here."""
         self._key(request)
-        return _json({"object": "list", "data": [self._model(name) for name in self._tokenizers]})
+        return _json({"object": "list", "data": [self._model(name) for name in self._tokenizers]}, headers=_named(request))
 
     async def show_model(self, request: Request, model: str) -> Response:
         """One model."""
         self._key(request)
         self._tokenizer(model)
-        return _json(self._model(model))
+        return _json(self._model(model), headers=_named(request))
 
     async def ready(self) -> Response:
         """200 while requests can be served, else 503."""
@@ -226,13 +234,11 @@ class Gateway:
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """An error's answer."""
+        self._metrics.rejected(error)
         status, body, headers = error_answer(error)
-        self._metrics.rejected(getattr(error, "code", type(error).__name__))
         if status == 413:
             headers = {**headers, "connection": "close"}
-        if request_id := getattr(request.state, "request_id", None):
-            headers = {**headers, "x-request-id": request_id}
-        return Response(body, status, headers, _JSON)
+        return Response(body, status, headers | _named(request), _JSON)
 
     def _key(self, request: Request) -> Any:
         if self._keys is None:
@@ -267,11 +273,22 @@ async def _read(request: Request, bound: int) -> bytes:
     return bytes(data)
 
 
-def _request_id(request: Request) -> None:
-    given = request.headers.get("x-request-id")
-    if given is not None and not REQUEST_ID.fullmatch(given):
+def _request_id(request: Request) -> str:
+    """As the client gave it, or made up."""
+    if not hasattr(request.state, "request_id"):
+        given = request.headers.get("x-request-id", "")
+        request.state.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    return request.state.request_id
+
+
+def _named(request: Request) -> dict[str, str]:
+    """The header that names a request in its answer."""
+    return {"x-request-id": _request_id(request)}
+
+
+def _check_request_id(request: Request) -> None:
+    if not REQUEST_ID.fullmatch(request.headers.get("x-request-id", "-")):
         raise InvalidRequest("x-request-id is not 1 to 128 visible ASCII characters", param="x-request-id")
-    request.state.request_id = given or secrets.token_hex(16)
 
 
 def _check_choices(prompts: int, choices: int) -> None:
@@ -283,7 +300,8 @@ def _check_prompt(prompt: list[int], vocabulary: int, wanted: int | None, contex
     if not prompt:
         raise InvalidRequest("the prompt has no tokens", param="prompt")
     if min(prompt) < 0 or max(prompt) >= vocabulary:
-        raise InvalidRequest(f"a token id is outside [0, {vocabulary - 1}], the vocabulary of {model}", param="prompt")
+        wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+        raise InvalidRequest(f"token id {wrong} is outside [0, {vocabulary - 1}], the vocabulary of {model}", param="prompt")
     least = 1 if wanted is None else max(1, wanted)
     if len(prompt) + least > context:
         what = f"prompt of {len(prompt)} tokens and max_tokens {least}"
@@ -291,19 +309,20 @@ def _check_prompt(prompt: list[int], vocabulary: int, wanted: int | None, contex
         raise InvalidRequest(message, param="max_tokens" if len(prompt) < context else "prompt", code="context_length_exceeded")
 
 
-def _json(payload: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(payload), status, media_type=_JSON)
+def _json(payload: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(payload), status, headers, _JSON)
 
 
 async def _refuse_http(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return Response(error_body(message, "invalid_request_error", code=code), error.status_code, error.headers, _JSON)
+    headers = {**(error.headers or {}), **_named(request)}
+    return Response(error_body(message, "invalid_request_error", code=code), error.status_code, headers, _JSON)
 
 
 async def _apologise(request: Request, error: Exception) -> Response:
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return Response(error_body("the gateway failed", "server_error", code="internal_error"), 500, media_type=_JSON)
+    return Response(error_body("the gateway failed", "server_error", code="internal_error"), 500, _named(request), _JSON)
 
 
 async def _say_nothing(request: Request, error: Exception) -> Response:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, get_args
 
 import msgspec
 
@@ -25,11 +26,18 @@ _NEUTRAL = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
     "service_tier": ("auto", "default"),
     "web_search_options": (),
+    "moderation": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
 }
+_NEUTRAL_IN_MESSAGE = {"tool_calls": ([],), "function_call": (), "audio": (), "annotations": ([],)}
+
+
+Role = Literal["system", "developer", "user", "assistant"]
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,22 +46,40 @@ class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Role
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    # What an answer carries that a client sends back as it came.
+    refusal: str | None = None
+    tool_calls: Any = None
+    function_call: Any = None
+    audio: Any = None
+    annotations: Any = None
+
+    def check(self, place: str) -> None:
+        """place: with its dot."""
+        refuse_unsupported(self, _NEUTRAL_IN_MESSAGE, place)
+        if self.content is None and self.refusal is None:
+            raise InvalidRequest(f"{place}content is missing", param=f"{place}content", code="missing_required_parameter")
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = self.content if isinstance(self.content, list) else ()
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts) or self.refusal or ""
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
 
 
 class ChatBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    allowed: ClassVar = {"role": ", ".join(get_args(Role)), "type": "text"}
+
     messages: list[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    # Hints that change no answer. Prefixes are found and kept without them.
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     # Known and not supported.
     tools: Any = None
     tool_choice: Any = None
@@ -68,11 +94,16 @@ class ChatBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     verbosity: Any = None
     service_tier: Any = None
     web_search_options: Any = None
+    moderation: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
 
     def check(self) -> None:
         refuse_unsupported(self, _NEUTRAL)
         if not 1 <= len(self.messages) <= MAX_MESSAGES:
             raise InvalidRequest(f"{len(self.messages)} messages are outside [1, {MAX_MESSAGES}]", param="messages")
+        for number, message in enumerate(self.messages):
+            message.check(f"messages[{number}].")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs goes with logprobs true only", param="top_logprobs")
 
@@ -88,7 +119,18 @@ class ChatBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class ChatShape:
     """Writes one request's answers."""
 
-    def __init__(self, answer_id: str, model: str, created: int, *, logprobs: bool, with_usage: bool) -> None:
+    def __init__(
+        self,
+        answer_id: str,
+        model: str,
+        created: int,
+        *,
+        logprobs: bool,
+        with_usage: bool,
+        token_bytes: Callable[[int, str], bytes],
+    ) -> None:
+        """token_bytes: of a token's id and text."""
+        self._token_bytes = token_bytes
         self._id = {"id": answer_id}
         self._about = {"created": created, "model": model}
         self._logprobs = logprobs
@@ -105,7 +147,7 @@ class ChatShape:
         """A token's event, and after the last one that of the finish."""
         written = b""
         if token.token_id is not None or token.text:
-            logprobs = encode({"content": [_logprob(token)], "refusal": None}) if self._logprobs else b"null"
+            logprobs = encode({"content": [self._logprob(token)], "refusal": None}) if self._logprobs else b"null"
             delta = b'%b%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}]}\n\n'
             written = delta % (self._start, index, encode(token.text), logprobs)
         if token.finish is not None:
@@ -120,7 +162,7 @@ class ChatShape:
         return encode({**self._id, "object": "chat.completion", **self._about, "choices": answers, "usage": usage})
 
     def _choice(self, index: int, tokens: list[Token]) -> dict[str, Any]:
-        logprobs = [_logprob(token) for token in tokens if token.token_id is not None]
+        logprobs = [self._logprob(token) for token in tokens if token.token_id is not None]
         return {
             "index": index,
             "message": {"role": "assistant", "content": "".join(token.text for token in tokens), "refusal": None},
@@ -128,7 +170,9 @@ class ChatShape:
             "finish_reason": tokens[-1].finish,
         }
 
+    def _logprob(self, token: Token) -> dict[str, Any]:
+        tops = [self._one(top.token_id, top.text, top.logprob) for top in token.top_logprobs]
+        return self._one(token.token_id, token.token_text, token.logprob) | {"top_logprobs": tops}
 
-def _logprob(token: Token) -> dict[str, Any]:
-    tops = [{"token": top.text, "logprob": top.logprob, "bytes": list(top.text.encode())} for top in token.top_logprobs]
-    return {"token": token.token_text, "logprob": token.logprob, "bytes": list(token.token_text.encode()), "top_logprobs": tops}
+    def _one(self, token_id: int, text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(self._token_bytes(token_id, text))}

@@ -25,7 +25,8 @@ class CompletionBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True
     def check(self) -> None:
         refuse_unsupported(self, _NEUTRAL)
         if self.best_of not in (None, self.n or 1):
-            raise InvalidRequest("best_of is supported only where it equals n", param="best_of", code="unsupported_parameter")
+            message = f"best_of {self.best_of} is not supported here, only n, {self.n or 1}"
+            raise InvalidRequest(message, param="best_of", code="unsupported_parameter")
 
     def prompts(self) -> list[str | list[int]]:
         """One or many texts or token lists."""
@@ -96,6 +97,12 @@ class CompletionShape:
         return {
             "tokens": [token.token_text for token in drawn],
             "token_logprobs": [token.logprob for token in drawn],
-            "top_logprobs": [{top.text: top.logprob for top in token.top_logprobs} for token in drawn],
+            # The drawn token is always among them, as OpenAI says, whether or not it is one of the most likely.
+            "top_logprobs": [_alternatives(token) for token in drawn],
             "text_offset": offsets,
         }
+
+
+def _alternatives(token: Token) -> dict[str, float]:
+    """The drawn token is always among them, as OpenAI says, be it one of the likeliest or not."""
+    return {top.text: top.logprob for top in token.top_logprobs} | {token.token_text: token.logprob}

@@ -23,7 +23,7 @@ from gateway.app import build_app
 from gateway.membership import follow_registry
 from gateway.routers import make_router
 from gateway.serve_process import drain_at_sigterm, stay_on_loopback
-from gateway.server import DRAIN_S, GatewayServer
+from gateway.server import DRAIN_S, GatewayServer, address_of, listen
 from transports.grpc import GrpcTransport
 from transports.transport import Credential
 
@@ -90,7 +90,8 @@ def _serve(fleet: Fleet, secret: str, started: concurrent.futures.Future[tuple[a
     """The thread: builds the application, says that it listens (or why not), and serves until drained."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
-            server = GatewayServer(_application(fleet, secret), fleet.gateway)
+            own = listen(fleet.gateway.host, 0)
+            server = GatewayServer(_application(fleet, secret, address_of(own)), fleet.gateway, own=own)
         except BaseException as error:
             started.set_exception(error)
             return
@@ -98,12 +99,12 @@ def _serve(fleet: Fleet, secret: str, started: concurrent.futures.Future[tuple[a
         runner.run(server.serve())
 
 
-def _application(fleet: Fleet, secret: str) -> FastAPI:
+def _application(fleet: Fleet, secret: str, address: str) -> FastAPI:
     transport = GrpcTransport(Credential(secret=secret, tls_dir=fleet.transport.tls_dir))
     return build_app(
         spec=fleet.gateway,
         models={model.name: model for model in fleet.models},
-        membership=lambda: follow_registry(f"mobula-{fleet.name}"),
+        membership=lambda: follow_registry(f"mobula-{fleet.name}", address),
         transport=transport,
         router=make_router(fleet.routing),
         slos=fleet.slo,

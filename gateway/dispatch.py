@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 
-from cluster.errors import Draining, InvalidRequest, MobulaError, Overloaded, Unreachable
+from cluster.errors import Draining, InvalidRequest, MobulaError, Overloaded, Temporary, Unreachable
 from cluster.fleet import GatewaySpec
 from cluster.handoff import Token
 from cluster.kv import KvNamespace, block_hashes
@@ -23,7 +23,8 @@ from gateway.links import WorkerLinks
 from gateway.metrics import GatewayMetrics
 from gateway.request_log import RequestLog
 from policies.admission import AdmissionQueue, Admitted, Entry, Queued, Refused
-from policies.policy import Ask, Rejection, Route, Router
+from policies.policy import Router
+from policies.route import Ask, Rejection, Route
 from policies.routing_view import FleetView
 from transports.messages import Abort, BlockEvents, FromWorker, PrefillSource, Report, Resync, Submit, Tokens
 from transports.transport import Transport
@@ -55,7 +56,7 @@ class _Line:
     def leave(self, generation: Generation) -> None:
         """It gave up. Harmless when it does not wait."""
         request_id = generation.request.request_id
-        self.queue.cancel(request_id)
+        self.queue.cancel(request_id, time.time())
         self.newcomers.pop(request_id, None)
         self.resuming.pop(request_id, None)
 
@@ -95,6 +96,7 @@ class Dispatcher:
         self._view = FleetView()
         self._links = WorkerLinks(transport, gateway_id, self, silence_s=spec.silence_s)
         self._replicas: dict[str, Replica] = {}
+        self._contexts: dict[str, int] = {}
         self._running: dict[str, Generation] = {}
         self._lines: dict[str, _Line] = {}
         self._output_tokens: dict[str, float] = {}
@@ -122,35 +124,34 @@ class Dispatcher:
         await self._idle.wait()
 
     @property
+    def waiting(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    @property
     def in_flight(self) -> int:
-        return len(self._running) + sum(map(len, self._lines.values()))
+        return len(self._running) + self.waiting
 
     def ready(self, model: str | None = None) -> bool:
         """Whether a replica (of the model) is there to decode."""
-        return any(
-            row.phase is Phase.READY and row.role.decodes and (model is None or row.model == model)
-            for row in self._replicas.values()
-        )
+        return bool(self._contexts) if model is None else model in self._contexts
 
     def context_tokens(self, model: str) -> int:
         """Longest prompt plus output that a replica of the model takes. Raises Unreachable without replicas."""
-        contexts = [row.context_tokens for row in self._replicas.values() if row.model == model and row.role.decodes]
-        if not contexts or not self.ready(model):
+        if model not in self._contexts:
             raise Unreachable(f"no replica of {model} is ready")
-        return max(contexts)
+        return self._contexts[model]
 
     def submit(self, generation: Generation) -> None:
-        """Accept a generation, or raise Draining, Unreachable, Overloaded or InvalidRequest."""
-        request = generation.request
-        if self.draining:
-            raise Draining("the gateway is draining")
-        if not self.ready(request.model):
-            raise Unreachable(f"no replica of {request.model} is ready")
-        generation.ask = self._ask(generation)
-        line = self._line(request.model)
-        while not self._offered(generation, line):
-            pass  # The chosen worker's stream has just broken; it is suspect now, so this ends.
-        self._metrics.accepted(request.model, waiting=len(line))
+        """Accept a generation, or raise Draining, Unreachable, Overloaded or InvalidRequest: then it has ended, rejected."""
+        model = generation.request.model
+        self._metrics.arrived(model)
+        try:
+            self._accept(generation)
+        except MobulaError as failure:
+            generation.failure = failure
+            self._end(generation, "rejected")
+            raise
+        self._metrics.waiting(model, len(self._line(model)))
         self._idle.clear()
 
     def cancel(self, generation: Generation) -> None:
@@ -202,7 +203,8 @@ class Dispatcher:
     def _append(self, generation: Generation, token: Token, now_s: float) -> None:
         if token.times is not None:
             self._view.first_token(token.request_id, token.attempt, now_s)
-            generation.times, generation.cached_tokens = token.times, token.cached_tokens
+            if not generation.generated:  # A later attempt's prompt is longer, and explains no first token.
+                generation.times, generation.cached_tokens = token.times, token.cached_tokens
         if token.token_id is not None:
             generation.generated.append(token.token_id)
             if generation.last_s is None:
@@ -228,27 +230,36 @@ class Dispatcher:
 
     # Attempts.
 
-    def _ask(self, generation: Generation) -> Ask:
-        request, sampling = generation.request, generation.request.sampling
-        row = next(row for row in self._replicas.values() if row.model == request.model)
-        tokens = (*request.prompt, *generation.generated)
-        namespace = KvNamespace(
+    def _accept(self, generation: Generation) -> None:
+        model = generation.request.model
+        if self.draining:
+            raise Draining("the gateway is draining")
+        if not self.ready(model):
+            raise Unreachable(f"no replica of {model} is ready")
+        row = next(row for row in self._replicas.values() if row.model == model)
+        generation.namespace = KvNamespace(
             model=row.model,
             revision=row.revision,
-            salt=request.salt,
+            salt=generation.request.salt,
             dtype=row.layout.dtype if row.layout else "float32",
             block_tokens=row.block_tokens,
         )
-        hashes = tuple(block_hashes(tokens, namespace))
-        if not generation.generated:
-            generation.block_hashes, generation.block_tokens = hashes, row.block_tokens
+        generation.ask = self._ask(generation)
+        generation.block_hashes = generation.ask.block_hashes
+        line = self._line(model)
+        while not self._offered(generation, line):
+            pass  # The chosen worker's stream has just broken; it is suspect now, so this ends.
+
+    def _ask(self, generation: Generation) -> Ask:
+        request, sampling = generation.request, generation.request.sampling
+        tokens = (*request.prompt, *generation.generated)
         slo = self._slos.get(request.slo_class) or Slo()
         left = max(1, sampling.max_tokens - len(generation.generated))
         return Ask(
             request_id=request.request_id,
             model=request.model,
             prompt_tokens=len(tokens),
-            block_hashes=hashes,
+            block_hashes=tuple(block_hashes(tokens, generation.namespace)),
             expected_output_tokens=min(left, round(self._output_tokens.get(request.model, EXPECTED_OUTPUT_TOKENS)) or 1),
             max_output_tokens=left,
             ttft_slo_s=slo.ttft_s,
@@ -266,11 +277,16 @@ class Dispatcher:
         entry = Entry(
             request_id=request.request_id, tenant=request.tenant, priority=request.priority, deadline_s=request.deadline_s
         )
-        match line.queue.offer(entry, now_s, room=isinstance(route, Route) and not line.resuming):
+        room_s = route.retry_after_s if isinstance(route, Rejection) else RETRY_ROUTE_S if line.resuming else None
+        match line.queue.offer(entry, now_s, room_s=room_s):
             case Admitted():
                 return self._send(generation, route, now_s)
-            case Queued():
+            case Queued(displaced=displaced):
                 line.newcomers[request_id] = generation
+                if displaced is not None:
+                    message = f"its place, of {self._spec.max_queue} in the queue, went to a tenant with fewer"
+                    delay_s = line.queue.retry_after_s(now_s, room_s)
+                    self._fail(line.newcomers[displaced], Overloaded(message, delay_s=delay_s))
                 return True
             case Refused(reason=reason, retry_after_s=retry_after_s):
                 raise Overloaded(reason, delay_s=retry_after_s)
@@ -301,7 +317,8 @@ class Dispatcher:
         self._view.charge(generation.ask, attempt, route, now_s)
         generation.attempt, generation.route, generation.worker_id = attempt, route, replica.worker_id
         generation.tried.append(replica.replica_id)
-        generation.sent_s = generation.sent_s or now_s
+        if not generation.generated:
+            generation.sent_s = now_s
         self._running[generation.request.request_id] = generation
         return True
 
@@ -341,6 +358,8 @@ class Dispatcher:
     def _fail(self, generation: Generation, failure: MobulaError) -> None:
         self._withdraw(generation)
         generation.failure = failure
+        if generation.attempt < 0:
+            self._metrics.rejected(failure)
         self._end(generation, "rejected" if generation.attempt < 0 else "failed")
 
     def _end(self, generation: Generation, outcome: str) -> None:
@@ -349,7 +368,7 @@ class Dispatcher:
         mean = self._output_tokens.get(model, EXPECTED_OUTPUT_TOKENS)
         if outcome == "completed":
             self._output_tokens[model] = mean + MEAN_WEIGHT * (len(generation.generated) - mean)
-        self._metrics.ended(generation, outcome, waiting=len(self._line(model)))
+        self._metrics.ended(generation, outcome)
         if self._log is not None:
             self._log.write(generation, outcome)
         if not self.in_flight:
@@ -367,9 +386,10 @@ class Dispatcher:
     def _pump(self) -> None:
         """Send whoever waits and has room now."""
         now_s = time.time()
-        for line in self._lines.values():
+        for model, line in self._lines.items():
             while (generation := line.first(now_s)) is not None and self._advanced(generation, line, now_s):
                 pass
+            self._metrics.waiting(model, len(line))
 
     def _advanced(self, generation: Generation, line: _Line, now_s: float) -> bool:
         """Whether the first in line went on, or for ever away."""
@@ -393,24 +413,47 @@ class Dispatcher:
         interval_s = min(RETRY_ROUTE_S, self._links.check_interval_s)
         while True:
             await asyncio.sleep(interval_s)
-            self._links.check_silence()
-            self._pump()
-            self._expire(time.time())
+            try:
+                self._links.check_silence()
+                self._pump()
+                self._expire(time.time())
+            except Exception:  # One request's trouble; all others need the next tick.
+                logger.exception("a tick failed")
 
     def _expire(self, now_s: float) -> None:
         timeout_s = self._spec.queue_timeout_s
-        for line in self._lines.values():
+        for model, line in self._lines.items():
             for generation in line.overdue(now_s, timeout_s):
-                message = f"no replica had room for {timeout_s} s, as long as a request may wait"
-                self._fail(generation, Overloaded(message, delay_s=line.queue.retry_after_s(now_s)))
+                waited = f"for {timeout_s} s, as long as a request may wait"
+                if self.ready(model):
+                    error: Temporary = Overloaded(f"no replica had room {waited}", delay_s=line.queue.retry_after_s(now_s))
+                else:
+                    error = Unreachable(f"no replica of {model} was ready {waited}")
+                self._fail(generation, error)
 
     async def _follow_membership(self) -> None:
         async for membership in self._membership:
-            self._replicas = {row.replica_id: row for row in membership.replicas}
-            now_s = time.time()
-            self._view.membership(membership.replicas, now_s)
-            self._links.update(membership)
-            for worker_id in {row.worker_id for row in membership.replicas}:
-                if not self._links.connected(worker_id):
-                    self._view.suspect_worker(worker_id, now_s)
-            self._pump()
+            try:
+                self._adopt(membership)
+            except Exception:  # The next table may go better, and must not be missed.
+                logger.exception("table %d was not wholly taken over", membership.version)
+
+    def _adopt(self, membership: Membership) -> None:
+        now_s = time.time()
+        self._replicas = {row.replica_id: row for row in membership.replicas}
+        self._contexts = _contexts(membership)
+        self._view.membership(membership.replicas, now_s)
+        self._links.update(membership)
+        for worker_id in {row.worker_id for row in membership.replicas}:
+            if not self._links.connected(worker_id):
+                self._view.suspect_worker(worker_id, now_s)
+        self._pump()
+
+
+def _contexts(membership: Membership) -> dict[str, int]:
+    """By model that a replica is ready to decode: the longest context of any."""
+    contexts: dict[str, int] = {}
+    for row in membership.replicas:
+        if row.phase is Phase.READY and row.role.decodes:
+            contexts[row.model] = max(row.context_tokens, contexts.get(row.model, 0))
+    return contexts

@@ -43,7 +43,7 @@ class Exchange(Response):
         dispatcher: Dispatcher,
         requests: list[Request],
         shape: Shape,
-        headers: dict[str, str],
+        http_request_id: str,
         *,
         choices_per_prompt: int,
         key_id: str | None,
@@ -54,15 +54,23 @@ class Exchange(Response):
         self._dispatcher = dispatcher
         self._shape = shape
         self.background = None  # FastAPI asks for it; the rest of a Response is not used.
-        self._extra = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self._extra = [(b"x-request-id", http_request_id.encode())]
         self._choices_per_prompt = choices_per_prompt
         self._stream = stream
         self._with_usage = with_usage
         self._woken = asyncio.Event()
-        self._generations = [Generation(request, key_id, self._woken.set) for request in requests]
+        self._generations: list[Generation] = []
         try:
-            for generation in self._generations:
+            for number, request in enumerate(requests):
+                generation = Generation(
+                    request,
+                    key_id,
+                    self._woken.set,
+                    http_request_id=http_request_id,
+                    first_choice=number % choices_per_prompt == 0,
+                )
                 dispatcher.submit(generation)
+                self._generations.append(generation)
         except MobulaError:
             self._cancel()
             raise

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from cluster.errors import MobulaError
 from cluster.handoff import Token
+from cluster.kv import KvNamespace
 from cluster.request import Request
 from cluster.slo import RequestTiming
-from policies.policy import Ask, Route
+from policies.route import Ask, Route
 
 
 class Generation:
@@ -22,16 +23,18 @@ class Generation:
         "ask",
         "attempt",
         "block_hashes",
-        "block_tokens",
         "cached_tokens",
         "done",
         "excluded",
         "failure",
+        "first_choice",
         "first_s",
         "fresh",
         "generated",
+        "http_request_id",
         "key_id",
         "last_s",
+        "namespace",
         "queued_s",
         "request",
         "route",
@@ -42,18 +45,30 @@ class Generation:
         "worker_id",
     )
 
-    def __init__(self, request: Request, key_id: str | None, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        key_id: str | None,
+        wake: Callable[[], None],
+        *,
+        http_request_id: str = "",
+        first_choice: bool = True,
+    ) -> None:
+        """first_choice: of its prompt; the others share it, and the prompt is charged to the key once."""
         self.request = request
         self.key_id = key_id
+        self.http_request_id = http_request_id
+        self.first_choice = first_choice
         self.wake = wake
         self.generated: list[int] = []
         self.fresh: list[Token] = []
         self.attempt = -1
         """Of the copy whose tokens count; -1 before the first was sent."""
         self.ask: Ask | None = None
+        self.namespace = KvNamespace(model=request.model)
+        """In which its blocks are hashed; the same for all its attempts."""
         self.block_hashes: tuple[int, ...] = ()
         """Of the prompt."""
-        self.block_tokens = 0
         self.route: Route | None = None
         self.worker_id = ""
         """Of the worker that decodes it now; empty while it waits."""
@@ -66,6 +81,7 @@ class Generation:
         self.first_s: float | None = None
         self.last_s: float | None = None
         self.times: tuple[float, float, float] | None = None
+        """Of the attempt that gave the first token, as are `sent_s` and `cached_tokens`."""
         self.cached_tokens: int | None = None
 
     def take(self) -> list[Token]:
@@ -86,7 +102,7 @@ class Generation:
 
     @property
     def queue_s(self) -> float | None:
-        """Wait before its prompt was computed, here and at the replica; None while it has not been."""
+        """Wait before its prompt was computed, here, in vain attempts and at the replica; None while it has not been."""
         if self.sent_s is None or self.times is None:
             return None
         return self.sent_s - self.request.arrival_s + self.times[0]

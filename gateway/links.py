@@ -38,8 +38,7 @@ class Listener(Protocol):
 class _Link:
     """State of one worker's stream."""
 
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
+    def __init__(self) -> None:
         self.stream: WorkerLink | None = None
         self.heard_s = 0.0
         self.silent = False
@@ -61,18 +60,20 @@ class WorkerLinks:
         self._listener = listener
         self._silence_s = silence_s
         self._clock = clock
+        self._endpoints: dict[str, str] = {}
         self._links: dict[str, _Link] = {}
         self._checked_s = clock()
 
     def update(self, membership: Membership) -> None:
-        """Links to exactly the table's workers, and to those that still stream to us."""
-        endpoints = {row.worker_id: row.endpoint for row in membership.replicas if row.phase not in _GONE}
-        for worker_id, link in list(self._links.items()):
-            if endpoints.get(worker_id) != link.endpoint and not self._listener.busy(worker_id):
-                self._drop(worker_id)
-        for worker_id, endpoint in endpoints.items():
+        """Links to exactly the table's workers, and to those that still stream to us, until that stream ends."""
+        before = self._endpoints
+        self._endpoints = {row.worker_id: row.endpoint for row in membership.replicas if row.phase not in _GONE}
+        for worker_id in list(self._links):
+            if self._endpoints.get(worker_id) != before.get(worker_id) and not self._listener.busy(worker_id):
+                self._links.pop(worker_id).task.cancel()
+        for worker_id in self._endpoints:
             if worker_id not in self._links:
-                link = self._links[worker_id] = _Link(endpoint)
+                link = self._links[worker_id] = _Link()
                 link.task = asyncio.create_task(self._keep(worker_id, link))
 
     def connected(self, worker_id: str) -> bool:
@@ -108,20 +109,22 @@ class WorkerLinks:
             link.task.cancel()
         await asyncio.gather(*(link.task for link in links), return_exceptions=True)
 
-    def _drop(self, worker_id: str) -> None:
-        self._links.pop(worker_id).task.cancel()
-
     async def _keep(self, worker_id: str, link: _Link) -> None:
+        """Connect, listen and connect again, for as long as the table has the worker."""
         backoff_s = FIRST_BACKOFF_S
-        while True:
+        while (endpoint := self._endpoints.get(worker_id)) is not None:
             try:
-                stream = await self._transport.connect(link.endpoint, self._gateway_id)
+                stream = await self._transport.connect(endpoint, self._gateway_id)
                 backoff_s = FIRST_BACKOFF_S
                 await self._listen(worker_id, link, stream)
             except MobulaError as error:
-                logger.warning("worker %s at %s: %s; again in %.2f s", worker_id, link.endpoint, error, backoff_s)
+                logger.warning("worker %s at %s: %s; again in %.2f s", worker_id, endpoint, error, backoff_s)
+            except Exception:  # Ours; without the link its worker would be lost to this gateway.
+                logger.exception("worker %s at %s; again in %.2f s", worker_id, endpoint, backoff_s)
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+        if self._links.get(worker_id) is link:
+            del self._links[worker_id]
 
     async def _listen(self, worker_id: str, link: _Link, stream: WorkerLink) -> None:
         link.stream, link.heard_s, link.silent = stream, self._clock(), False

@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
+import msgspec
 import ray
-from ray.exceptions import RayError
 
 from cluster.replica import Membership
 
@@ -17,21 +17,26 @@ REGISTRY_NAME = "mobula-registry"
 POLL_S = 10.0
 GRACE_S = 5.0  # Beyond POLL_S the registry is taken for gone.
 RETRY_S = 1.0
+SETTLE_S = 5.0  # Five heartbeats, by which every worker that lives has registered with a new registry.
 
 
-async def follow_registry(namespace: str) -> AsyncIterator[Membership]:
-    """Every table that differs from the one before, for ever."""
+async def follow_registry(namespace: str, address: str) -> AsyncIterator[Membership]:
+    """Every table that differs from the one before, for ever. `address`: this gateway replica's own, told to the registry."""
     handle, last = None, None
     while True:
         try:
             handle = handle or await asyncio.to_thread(ray.get_actor, REGISTRY_NAME, namespace)
             after = -1 if last is None else last.version
-            table = await asyncio.wait_for(handle.membership.remote(after, POLL_S), POLL_S + GRACE_S)
-        except (RayError, ValueError, TimeoutError) as error:
-            logger.warning("registry %s in %s: %s; again in %.0f s", REGISTRY_NAME, namespace, error, RETRY_S)
+            table = await asyncio.wait_for(handle.membership.remote(after, POLL_S, address), POLL_S + GRACE_S)
+        except Exception as error:  # Whatever is wrong with Ray or the registry, the gateway serves on.
+            logger.warning("registry %s in %s: %r; again in %.0f s", REGISTRY_NAME, namespace, error, RETRY_S)
             handle = None
             await asyncio.sleep(RETRY_S)
             continue
-        if table != last:
+        if last is not None and table.registry != last.registry:
+            logger.warning("registry %s in %s is another; the last table holds for %.0f s", REGISTRY_NAME, namespace, SETTLE_S)
+            last = msgspec.structs.replace(last, version=-1, registry=table.registry)
+            await asyncio.sleep(SETTLE_S)
+        elif table != last:
             last = table
             yield table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, generate_latest
 
+from cluster.errors import MobulaError
 from cluster.metrics import GATEWAY_METRICS, exporter
 from gateway.generation import Generation
 
@@ -20,13 +21,15 @@ class GatewayMetrics:
         """Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def accepted(self, model: str, *, waiting: int) -> None:
-        row = self._model(model)
-        row["mobula_requests_in_flight"].inc()
-        row["mobula_queue_depth"].set(waiting)
+    def arrived(self, model: str) -> None:
+        self._model(model)["mobula_requests_in_flight"].inc()
 
-    def rejected(self, reason: str) -> None:
-        self._all["mobula_rejections_total"].labels(reason).inc()
+    def waiting(self, model: str, count: int) -> None:
+        self._model(model)["mobula_queue_depth"].set(count)
+
+    def rejected(self, error: MobulaError) -> None:
+        """Reasons are few: the codes that this program knows, or the kind of error."""
+        self._all["mobula_rejections_total"].labels(getattr(error, "code", type(error).__name__)).inc()
 
     def retried(self, model: str, cause: str) -> None:
         self._all["mobula_request_retries_total"].labels(model, cause).inc()
@@ -37,15 +40,22 @@ class GatewayMetrics:
     def gap(self, model: str, seconds: float) -> None:
         self._model(model)["mobula_itl_seconds"].observe(seconds)
 
-    def ended(self, generation: Generation, outcome: str, *, waiting: int) -> None:
+    def keys_unreadable(self) -> None:
+        self._all["mobula_keys_file_errors_total"].inc()
+
+    def record_dropped(self) -> None:
+        """From any thread."""
+        self._all["mobula_request_log_dropped_total"].inc()
+
+    def ended(self, generation: Generation, outcome: str) -> None:
         request, timing = generation.request, generation.timing
         row, tokens = self._model(request.model), len(generation.generated)
         row["mobula_requests_in_flight"].dec()
-        row["mobula_queue_depth"].set(waiting)
         row["mobula_cached_tokens_total"].inc(generation.cached_tokens or 0)
         self._all["mobula_requests_total"].labels(request.model, request.tenant, outcome).inc()
         whose = (request.model, request.tenant, generation.key_id or "anonymous")
-        self._all["mobula_prompt_tokens_total"].labels(*whose).inc(len(request.prompt))
+        if generation.sent_s is not None and generation.first_choice:
+            self._all["mobula_prompt_tokens_total"].labels(*whose).inc(len(request.prompt))
         self._all["mobula_output_tokens_total"].labels(*whose).inc(tokens)
         observed = {
             "mobula_ttft_seconds": timing.ttft_s,

@@ -10,7 +10,7 @@ import math
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -18,9 +18,10 @@ from cluster.errors import Draining, InvalidRequest, MobulaError, NotAllowed, Ov
 from cluster.request import MAX_TOP_LOGPROBS, SamplingParams
 
 MAX_CHOICES = 128  # OpenAI's bound on n; here on prompts times n.
-MAX_PRIORITY = 100
+MAX_TOKEN_ID = 2**31 - 1
 MAX_USER_CHARS = 256
 MAX_SECONDS = 3600  # Of a Retry-After.
+MAX_ERROR_CHARS = 1000  # An error names what it was given, which may be as long as a body.
 
 encode = msgspec.json.encode
 
@@ -33,6 +34,9 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Fields of both endpoints. null is as good as absent."""
+
+    allowed: ClassVar[Mapping[str, str]] = {}
+    """By a field that takes few values: which, for an error to name."""
 
     model: str
     max_tokens: int | None = None
@@ -59,12 +63,17 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     store: Any = None
 
 
-def refuse_unsupported(body: Body, neutral: Mapping[str, Sequence[Any]]) -> None:
-    """Raise for the first field that is set to something else than its neutral values (null is always one)."""
+def refuse_unsupported(body: msgspec.Struct, neutral: Mapping[str, Sequence[Any]], place: str = "") -> None:
+    """Raise for the first field that is set to something else than its neutral values (null is always one).
+
+    place: where the body lies in that of the request, with its dot.
+    """
     for name, values in neutral.items():
         value = getattr(body, name)
         if value is not None and value not in values:
-            raise InvalidRequest(f"{name} is not supported here", param=name, code="unsupported_parameter")
+            only = " or ".join(encode(one).decode() for one in values)
+            message = f"{place}{name} {encode(value).decode()} is not supported here{only and f', only {only}'}"
+            raise InvalidRequest(message, param=place + name, code="unsupported_parameter")
 
 
 def decode(data: bytes, kind: type[Body]) -> Any:
@@ -72,10 +81,15 @@ def decode(data: bytes, kind: type[Body]) -> Any:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(str(error), param=_field(str(error)), code=_fault(str(error))) from error
+        field = _field(str(error))
+        allowed = kind.allowed.get((field or "").rpartition(".")[2]) if "enum" in str(error) else None
+        message = f"{error}, which is one of {allowed}" if allowed else str(error)
+        raise InvalidRequest(message, param=field, code=_fault(str(error))) from error
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the body is not UTF-8 at byte {error.start}", code="invalid_utf8") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not UTF-8 at byte {_not_utf8(data)}", code="invalid_utf8") from error
+    except RecursionError as error:
+        raise InvalidRequest("the body nests too deeply", code="invalid_json") from error
+    except msgspec.DecodeError as error:
         raise InvalidRequest(f"the body is not JSON: {error}", code="invalid_json") from error
 
 
@@ -88,6 +102,8 @@ def sampling(body: Body, *, max_tokens: int, logprobs: int | None) -> SamplingPa
     }
     if given.get("top_k") in (-1, 0):  # Other servers' word for no bound.
         del given["top_k"]
+    if given.get("top_p") == 0.0:  # OpenAI's word for the most likely token alone.
+        given |= {"top_p": 1.0, "top_k": 1}
     params = SamplingParams(
         max_tokens=max_tokens,
         seed=secrets.randbits(62) if body.seed is None else body.seed,
@@ -99,9 +115,8 @@ def sampling(body: Body, *, max_tokens: int, logprobs: int | None) -> SamplingPa
     )
     params.check()
     within("n", body.n, 1, MAX_CHOICES)
-    within("priority", body.priority, -MAX_PRIORITY, MAX_PRIORITY)
-    if any(not 0 <= token < 2**31 for token in params.stop_token_ids):
-        raise InvalidRequest("a token id is outside [0, 2147483647]", param="stop_token_ids")
+    for token in params.stop_token_ids:
+        within("stop_token_ids", token, 0, MAX_TOKEN_ID)
     if body.user is not None and len(body.user) > MAX_USER_CHARS:
         raise InvalidRequest(f"{len(body.user)} characters above {MAX_USER_CHARS}", param="user")
     if body.stream_options is not None and not body.stream:
@@ -121,7 +136,8 @@ def top_logprobs(name: str, value: int | None) -> int | None:
 
 def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> bytes:
     """OpenAI's error shape."""
-    return encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
+    param = param and _clipped(param)
+    return encode({"error": {"message": _clipped(message), "type": kind, "param": param, "code": code}})
 
 
 def error_answer(error: MobulaError) -> tuple[int, bytes, dict[str, str]]:
@@ -131,7 +147,7 @@ def error_answer(error: MobulaError) -> tuple[int, bytes, dict[str, str]]:
             status = {"model_not_found": 404, "body_too_large": 413}.get(code, 400)
             return status, error_body(str(error), "invalid_request_error", param=param, code=code), {}
         case NotAllowed():
-            body = error_body(str(error), "authentication_error", code="invalid_api_key")
+            body = error_body(str(error), "invalid_request_error", code="invalid_api_key")
             return 401, body, {"www-authenticate": "Bearer"}
         case Overloaded(delay_s=delay_s):
             return 429, error_body(str(error), "rate_limit_error", code="rate_limit_exceeded"), _retry_after(delay_s)
@@ -159,10 +175,23 @@ def _retry_after(delay_s: float) -> dict[str, str]:
     return {"retry-after": str(min(MAX_SECONDS, max(1, math.ceil(delay_s))))}
 
 
+def _clipped(text: str) -> str:
+    return text if len(text) <= MAX_ERROR_CHARS else f"{text[:MAX_ERROR_CHARS]}..."
+
+
+def _not_utf8(data: bytes) -> int:
+    """Where; the decoder of JSON counts from the start of a string."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return len(data)
+
+
 def _field(message: str) -> str | None:
-    """The field at fault: "- at `$.stop[0]`", "missing required field `model`"."""
-    found = re.search(r"at `\$\.(\w+)|field `(\w+)`", message)
-    return None if found is None else found[1] or found[2]
+    """The field at fault: "stop[0]" of "- at `$.stop[0]`", "model" of "missing required field `model`"."""
+    place, field = re.search(r"at `\$\.?([^`]*)`$", message), re.search(r"field `([^`]+)`", message)
+    return ".".join(part[1] for part in (place, field) if part and part[1]) or None
 
 
 def _fault(message: str) -> str:

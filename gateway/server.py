@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 
 import uvicorn
-import uvloop
 from fastapi import FastAPI
 
 from cluster.errors import InvalidConfig
@@ -17,26 +15,33 @@ DRAIN_S = 30.0  # Streams that last longer at SIGTERM are cut.
 KEEP_ALIVE_S = 75
 
 
-def listen(spec: GatewaySpec) -> socket.socket:
-    """Raises InvalidConfig where the port is taken by somebody who does not share it."""
-    family = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
+def listen(host: str, port: int) -> socket.socket:
+    """Port 0 takes a free one. Raises InvalidConfig where the port is taken by somebody who does not share it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind((spec.host, spec.port))
+        listener.bind((host, port))
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise InvalidConfig(f"gateway {spec.host}:{spec.port}: {error.strerror}") from error
+        raise InvalidConfig(f"gateway {host}:{port}: {error.strerror}") from error
     listener.setblocking(False)
     return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """host:port as a URL has it."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class GatewayServer(uvicorn.Server):
     """SIGTERM, SIGINT and `drain` stop accepting, finish what streams, then end `serve`."""
 
-    def __init__(self, app: FastAPI, spec: GatewaySpec, *, drain_s: float = DRAIN_S) -> None:
+    def __init__(self, app: FastAPI, spec: GatewaySpec, *, own: socket.socket | None = None, drain_s: float = DRAIN_S) -> None:
+        """own: another listener, that this replica shares with nobody."""
         config = uvicorn.Config(
             app,
             http="httptools",
@@ -51,14 +56,15 @@ class GatewayServer(uvicorn.Server):
         )
         super().__init__(config)
         self._gateway = app.state.gateway
-        self._listener = listen(spec)
+        self._shared = listen(spec.host, spec.port)
+        self._listeners = [self._shared] if own is None else [self._shared, own]
 
     @property
     def port(self) -> int:
-        return self._listener.getsockname()[1]
+        return self._shared.getsockname()[1]
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().serve(sockets=sockets or [self._listener])
+        await super().serve(sockets=sockets or self._listeners)
 
     def drain(self) -> None:
         """Loop thread only."""
@@ -72,10 +78,3 @@ class GatewayServer(uvicorn.Server):
     def _refuse_new(self) -> None:
         if self._gateway.dispatcher is not None:  # Else it has not begun to serve.
             self._gateway.dispatcher.draining = True
-
-
-def run(app: FastAPI, spec: GatewaySpec) -> None:
-    """Serve until a signal. Blocks."""
-    server = GatewayServer(app, spec)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(server.serve())

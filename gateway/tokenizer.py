@@ -8,17 +8,20 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from cluster.errors import InvalidModel, InvalidRequest, Overloaded
 from cluster.fleet import ModelSpec
+from cluster.token_bytes import from_byte_fallback, from_byte_level
 
 INLINE_CHARS = 4096  # About a millisecond; longer texts go to a thread, where the tokenizer lets go of the interpreter's lock.
 MAX_ENCODING = 64  # Long texts in or before the thread; beyond that 429.
@@ -35,6 +38,7 @@ class ChatTokenizer:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
         self._encoding = 0
         self.vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._byte_level = tokenizer.decoder is not None and b'"ByteLevel"' in tokenizer.decoder.__getstate__()
 
     async def encode(self, text: str, *, special: bool) -> list[int]:
         """special: add what the checkpoint puts around a text; a chat template has already done so."""
@@ -49,13 +53,20 @@ class ChatTokenizer:
         finally:
             self._encoding -= 1
 
+    def token_bytes(self, token_id: int, text: str) -> bytes:
+        """A token's bytes. text: as it shows, in which a part of a character shows as U+FFFD."""
+        token = self._tokenizer.id_to_token(token_id) if "\ufffd" in text else None
+        if token is None:
+            return text.encode()
+        return from_byte_level(token) if self._byte_level else from_byte_fallback(token, ())
+
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The conversation as text, ready for the assistant's turn. Raises InvalidRequest where the template refuses it."""
         if self._template is None:
             raise InvalidRequest("this model has no chat template: use /v1/completions", param="model", code="no_chat_template")
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._special)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # A template's code may fail in any way; whatever it was, these messages caused it.
             raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from error
 
 
@@ -86,23 +97,33 @@ def _file(model: ModelSpec, name: str) -> Path:
 
 
 def _template(config: Mapping[str, Any], model: ModelSpec) -> str | None:
-    """transformers keeps it in a file of its own, or in the config as one text or a list of named ones."""
-    template = config.get("chat_template")
-    if template is None:
-        try:
-            return _file(model, "chat_template.jinja").read_text()
-        except InvalidModel:
-            return None
-    return template if isinstance(template, str) else {row["name"]: row["template"] for row in template}.get("default")
+    """transformers keeps it in a file of its own, which goes first, or in the config as one text or a list of named ones."""
+    try:
+        return _file(model, "chat_template.jinja").read_text(encoding="utf-8")
+    except InvalidModel:
+        template = config.get("chat_template")
+    if template is None or isinstance(template, str):
+        return template
+    return {row["name"]: row["template"] for row in template}.get("default")
 
 
 def _text(token: str | Mapping[str, Any]) -> str:
     return token if isinstance(token, str) else token["content"]
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks what an assistant said, for training; here its body is all there is to it."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """As transformers renders templates (utils/chat_template_utils.py)."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

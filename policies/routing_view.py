@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -19,9 +18,7 @@ from cluster.kv import KvCleared, KvEvent, KvLayout, blocks_for
 from cluster.performance import PerformanceModel
 from cluster.replica import Load, Phase, Replica
 from policies.prefix_index import PrefixIndex
-
-if TYPE_CHECKING:
-    from policies.policy import Ask, Route
+from policies.route import Ask, Route
 
 TRANSIT_S = 0.02  # A report made this soon after a charge may not know of it: the way to the worker, and unequal clocks.
 

@@ -1,8 +1,9 @@
 """KV between processes of one host: bytes go through /dev/shm, headers, checksums and signs of life over gRPC.
 
 The receiver owns the segments. It names one in the pull, keeps it for the next pull when all went well, and removes it otherwise:
-a sender that was given up might still write to it. A sender that cannot see it (another host after all), or finds /dev/shm full,
-sends the bytes in the frames instead.
+a sender that was given up might still write to it. It holds a lock on each, which the system lets go of with the process, however
+that ends: a segment that nobody holds is swept away when the next one is made. A sender that cannot see a segment (another host
+after all), or finds /dev/shm full, sends the bytes in the frames instead.
 
 Both ends read and write the file rather than map it: a fault on each page of a fresh mapping costs several times the copy, and
 where memory runs out a write fails and a mapping kills.
@@ -11,6 +12,7 @@ where memory runs out a write fails and a mapping kills.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -30,7 +32,7 @@ from transports.transport import Credential, Listener, WorkerService
 SHM_DIR = Path("/dev/shm")
 SPARE_SEGMENTS = 4  # As many pulls at once find their memory already taken from the system, which is half of the time.
 SPARE_BYTES = 2**28  # Larger ones are rare and would hold memory for nothing.
-_NAME = re.compile(r"mobula-([1-9][0-9]{0,9})-[0-9a-f]{32}")
+_NAME = re.compile(r"mobula-[1-9][0-9]{0,9}-[0-9a-f]{32}")
 
 
 class Segment:
@@ -54,7 +56,7 @@ class Segment:
         if size > len(self._buffer):
             self._buffer = bytearray(size)
         view = memoryview(self._buffer)[:size]
-        return view[: os.preadv(self._file, [view], offset)]
+        return view[: os.preadv(self._file, [view], offset)].toreadonly()
 
     def close(self) -> None:
         os.close(self._file)
@@ -62,6 +64,19 @@ class Segment:
     def remove(self) -> None:
         _unlink(self.name)
         self.close()
+
+
+class _Listener:
+    """Closing it ends a worker's pulls as well: its spare segments go, for a process may end without a word."""
+
+    def __init__(self, listener: Listener, spare: list[Segment]) -> None:
+        self._listener = listener
+        self._spare = spare
+        self.endpoint = listener.endpoint
+
+    async def close(self, grace_s: float) -> None:
+        await self._listener.close(grace_s)
+        _remove_all(self._spare)
 
 
 class SharedMemoryTransport(GrpcTransport):
@@ -74,7 +89,7 @@ class SharedMemoryTransport(GrpcTransport):
 
     async def serve(self, service: WorkerService, host: str, port: int) -> Listener:
         sweep()
-        return await super().serve(service, host, port)
+        return _Listener(await super().serve(service, host, port), self._spare)
 
     async def pull(self, endpoint: str, pull: PullKv, write: Callable[[KvChunk, np.ndarray], None]) -> KvDone:
         segment = self._take(wire.kv_bytes(pull))
@@ -109,15 +124,21 @@ class SharedMemoryTransport(GrpcTransport):
 
 
 def create(name: str, size: int) -> Segment | None:
-    """A new segment; None where there is no room for it."""
+    """A new segment, locked; None where there is no room for it."""
+    sweep()
     try:
         room = os.statvfs(SHM_DIR)
         if size > room.f_bavail * room.f_frsize:
             return None
         file = os.open(SHM_DIR / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Another's sweep may have come between: then it is gone.
         os.ftruncate(file, size)
     except OSError:
         _unlink(name)
+        os.close(file)
         return None
     return Segment(name, file, size)
 
@@ -141,19 +162,22 @@ def open_segment(name: str, size: int) -> Segment | None:
 
 def sweep() -> int:
     """Remove the segments of processes that are no more. Returns how many."""
-    dead = [path.name for path in SHM_DIR.iterdir() if (match := _NAME.fullmatch(path.name)) and not _alive(int(match[1]))]
-    for name in dead:
-        _unlink(name)
-    return len(dead)
+    names = [path.name for path in SHM_DIR.iterdir() if _NAME.fullmatch(path.name)]
+    return sum(_removed_if_left(name) for name in names)
 
 
-def _alive(pid: int) -> bool:
+def _removed_if_left(name: str) -> bool:
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        file = os.open(SHM_DIR / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:  # Gone by now, or another user's.
         return False
-    except PermissionError:
-        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _unlink(name)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
     return True
 
 

@@ -40,6 +40,8 @@ class HostedReplica:
         self._sequences: dict[str, int] = {}
         self._owners: dict[tuple[str, int], str] = {}
         self._said: deque[StepOutput] = deque()
+        self._flushing = False
+        """A flush is asked for and has not begun."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reports = 0
 
@@ -51,6 +53,11 @@ class HostedReplica:
     def busy(self) -> bool:
         """Whether a request or a pull still needs this replica."""
         return bool(self._owners) or (self.prefill is not None and self.prefill.busy)
+
+    @property
+    def pulling(self) -> int:
+        """Requests whose KV is on its way here."""
+        return self.decode.pulling if self.decode is not None else 0
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Load the engine. Blocks; any thread. What the engine says from now on goes to `loop`."""
@@ -112,13 +119,14 @@ class HostedReplica:
     # What the engine says
 
     def _sink(self, output: StepOutput) -> None:
-        """The engine's thread. One callback is under way while the queue is not empty."""
-        idle = not self._said
+        """The engine's thread."""
         self._said.append(output)
-        if idle and self._loop is not None and not self._loop.is_closed():
+        if not self._flushing and self._loop is not None and not self._loop.is_closed():
+            self._flushing = True
             self._loop.call_soon_threadsafe(self._flush)
 
     def _flush(self) -> None:
+        self._flushing = False  # Before the queue is emptied: what is said from here on asks for another flush.
         while self._said:
             output = self._said.popleft()
             self._send_tokens(output.tokens)
@@ -152,6 +160,8 @@ class HostedReplica:
 
     def report(self, now_s: float) -> Load:
         load = self.engine.load()
+        if self.phase is Phase.READY and not self.engine.alive:
+            self.phase = Phase.LOST
         self._reports += 1
         return Load(
             replica_id=self.replica_id,
@@ -159,7 +169,7 @@ class HostedReplica:
             at_s=now_s,
             phase=self.phase,
             running=load.running,
-            waiting=load.waiting + (self.decode.pulling if self.decode else 0),
+            waiting=load.waiting + self.pulling,
             waiting_tokens=load.waiting_tokens,
             kv_tokens=load.kv_tokens,
             kv_blocks_used=load.kv_blocks_used,

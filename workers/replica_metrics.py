@@ -36,8 +36,9 @@ class ReplicaMetrics(Collector):
         labels = (replica.replica_id, replica.plan.group.role.value)
         for name, value in (
             ("running", load.running),
-            ("waiting", load.waiting),
+            ("waiting", load.waiting + replica.pulling),
             ("kv_blocks_used", load.kv_blocks_used),
+            ("kv_blocks_cached", load.kv_blocks_cached),
             ("kv_blocks", limits.kv_blocks),
             ("power_watts", load.power_w),
         ):

@@ -78,7 +78,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Load:
-    """A run as it goes, for whoever watches it; complete once `run` returns."""
+    """A run as it goes, for whoever watches it; complete once `run` returns. Of a cancelled one, what was in flight is missing."""
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
@@ -94,7 +94,17 @@ async def run(
     rows: Iterable[TraceRow], target: Target, load: Load | None = None, on_sample: Callable[[Sample], None] | None = None
 ) -> Load:
     """Replay rows, which must be in order of arrival. `load` may be given to watch it from another task."""
-    load = load or Load()
+    load, start_s = load or Load(), time.perf_counter()
+    try:
+        await _send_all(rows, target, load, on_sample, start_s)
+    finally:
+        load.elapsed_s = time.perf_counter() - start_s
+    return load
+
+
+async def _send_all(
+    rows: Iterable[TraceRow], target: Target, load: Load, on_sample: Callable[[Sample], None] | None, start_s: float
+) -> None:
     timeout = aiohttp.ClientTimeout(total=target.timeout_s)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {target.key}"} if target.key else {})
     connector = aiohttp.TCPConnector(limit=0)
@@ -105,7 +115,6 @@ async def run(
         asyncio.TaskGroup() as tasks,
     ):
         window = asyncio.Semaphore(target.max_in_flight)
-        start_s = time.perf_counter()
 
         async def one(row: TraceRow, body: bytes) -> None:
             load.in_flight += 1
@@ -126,8 +135,6 @@ async def run(
             await window.acquire()
             load.sent += 1
             tasks.create_task(one(row, body))
-    load.elapsed_s = time.perf_counter() - start_s
-    return load
 
 
 class _Delta(msgspec.Struct, gc=False):

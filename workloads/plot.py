@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, RED, GREY, INK = "#2864b4", "#e08a1e", "#2e9e6b", "#c8323c", "#6b7280", "#1f2937"
 BINS = 60
+LEAST_MS = 0.1  # A log scale has no 0.
+HEADROOM = 1.1  # Above the highest value, for the labels of marks.
 ABOVE = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 5, "frameon": False, "fontsize": 9, "borderaxespad": 0.2}
 ABOVE |= {"columnspacing": 1.2, "handlelength": 1.4}
 
@@ -63,21 +65,25 @@ def _rates(axis: Axes, load: Load) -> None:
     axis.set_ylabel("requests/s")
     axis.set_title("Load", loc="left", fontweight="bold")
 
-    times_s, in_flight = _in_flight(load.samples)
     right = axis.twinx()
-    right.step(times_s, in_flight, where="post", color=ORANGE, linewidth=1.3, label="in flight (right)")
+    middles_s = (edges[:-1] + edges[1:]) / 2
+    right.plot(middles_s, _peaks_in_flight(load.samples, edges), color=ORANGE, linewidth=1.5, label="peak in flight (right)")
     right.set_ylim(bottom=0)
     right.set_ylabel("requests in flight", color=ORANGE)
+    right.yaxis.get_major_locator().set_params(integer=True)
     right.grid(visible=False)
+    axis.set_ylim(0, HEADROOM * max(1.0, *arrived, *done))
     handles = [*axis.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     right.legend(handles=handles, **ABOVE)
 
 
-def _in_flight(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+def _peaks_in_flight(samples: Sequence[Sample], edges: np.ndarray) -> list[int]:
+    """The most requests in flight at once, between each two edges."""
     times_s = np.array([s.timing.arrival_s + s.send_lag_s for s in samples] + [s.end_s for s in samples])
-    steps = np.repeat([1, -1], len(samples))
     order = np.argsort(times_s, kind="stable")
-    return times_s[order], np.cumsum(steps[order])
+    levels = np.concatenate([[0], np.cumsum(np.repeat([1, -1], len(samples))[order])])
+    places = np.searchsorted(times_s[order], edges, side="right")
+    return [int(levels[low : high + 1].max()) for low, high in itertools.pairwise(places)]
 
 
 def _latency(axis: Axes, load: Load, name: str, value: Callable[[RequestTiming], float | None], bound_s: float | None) -> None:
@@ -98,7 +104,7 @@ def _latency(axis: Axes, load: Load, name: str, value: Callable[[RequestTiming],
         axis.plot(failed, [0.02] * len(failed), "x", color=RED, transform=axis.get_xaxis_transform(), label="failed")
     if bound_s is not None:
         axis.axhline(1e3 * bound_s, color=RED, linestyle="--", linewidth=1.2, label=f"SLO {1e3 * bound_s:,.0f} ms")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, HEADROOM * axis.get_ylim()[1])
     if axis.get_legend_handles_labels()[0]:
         axis.legend(**ABOVE)
 
@@ -116,7 +122,7 @@ def _distributions(axis: Axes, load: Load, slo: Slo) -> None:
         values_ms = np.sort([1e3 * value for value in values if value is not None])
         if len(values_ms):
             axis.plot(
-                np.maximum(values_ms, 0.1),
+                np.maximum(values_ms, LEAST_MS),
                 np.arange(1, len(values_ms) + 1) / len(values_ms),
                 color=color,
                 label=name,
@@ -127,7 +133,7 @@ def _distributions(axis: Axes, load: Load, slo: Slo) -> None:
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_ylim(0, 1.01)
-    axis.set_xlabel("ms (log scale; dashed: SLO)")
+    axis.set_xlabel("ms (log scale; dashed: SLO; 0.1: tokens that came together)")
     axis.set_ylabel("share at or below")
     axis.set_title("Distributions", loc="left", fontweight="bold")
     if axis.get_legend_handles_labels()[0]:
@@ -137,6 +143,6 @@ def _distributions(axis: Axes, load: Load, slo: Slo) -> None:
 def _draw_marks(axis: Axes, marks: Sequence[Mark]) -> None:
     for mark in marks:
         axis.axvline(mark.at_s, color=INK, linestyle=":", linewidth=1.6)
-        place = {"xy": (mark.at_s, 1.0), "xycoords": axis.get_xaxis_transform(), "xytext": (4, -4), "textcoords": "offset points"}
+        place = {"xy": (mark.at_s, 1.0), "xycoords": axis.get_xaxis_transform(), "xytext": (4, -2), "textcoords": "offset points"}
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
         axis.annotate(mark.label, **place, va="top", fontsize=9, color=INK, bbox=box)

@@ -29,6 +29,10 @@ class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a run amounted to. Latencies are those of completed requests; None where there was none."""
 
+    workload: str
+    """What was sent: trace or generator, which part of it, how scaled."""
+    target: str
+    """Model and server it was sent to."""
     requests: int
     completed: int
     rejected: int
@@ -62,7 +66,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Requests sent late because as many as allowed were in flight."""
 
 
-def summarise(load: Load, slo: Slo) -> Report:
+def summarise(load: Load, slo: Slo, *, workload: str, target: str) -> Report:
     """The report of a run that has ended."""
     samples = load.samples
     timings = [sample.timing for sample in samples]
@@ -74,6 +78,8 @@ def summarise(load: Load, slo: Slo) -> Report:
     span_s = (max(arrivals) - min(arrivals) if arrivals else 0.0) or elapsed_s
     output_tokens = sum(timing.output_tokens for timing in timings)
     return Report(
+        workload=workload,
+        target=target,
         requests=len(samples),
         completed=len(done),
         rejected=rejected,
@@ -113,6 +119,7 @@ def render(report: Report) -> Group:
     """The report for people, for a rich console."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     latency = Table(title="Latency of completed requests (ms)", title_justify="left")
     for column in ("", "P50", "P90", "P99", "max", "SLO"):
@@ -138,4 +145,4 @@ def render(report: Report) -> Group:
         totals.add_row("[yellow]sent late at the in-flight bound[/]", f"[yellow]{report.held}[/]")
     for kind, count in report.errors.items():
         totals.add_row(f"[red]{kind}[/]", f"[red]{count}[/]")
-    return Group(totals, latency)
+    return Group(Text(f"{report.workload}, on {report.target}"), totals, latency)

@@ -29,6 +29,17 @@ class Scale(msgspec.Struct, frozen=True, kw_only=True):
     max_prompt_tokens: int | None = None
     max_output_tokens: int | None = None
 
+    def __str__(self) -> str:
+        """What a report must say of it."""
+        said = [
+            f"{name} x {factor:g}"
+            for name, factor in (("prompts", self.prompt), ("outputs", self.output), ("rate", self.rate))
+            if factor != 1
+        ]
+        bounds = (("prompts", self.max_prompt_tokens), ("outputs", self.max_output_tokens))
+        said += [f"{name} of at most {bound} tokens" for name, bound in bounds if bound is not None]
+        return ", ".join(said) or "as recorded"
+
     def __call__(self, row: TraceRow) -> TraceRow:
         return msgspec.structs.replace(
             row,

@@ -1,7 +1,8 @@
 """Reads traces of what arrived: Azure LLM 2023 and 2024, Mooncake, BurstGPT, and our own.
 
 The first line tells the format. Rows stream in the file's order; times are rebased so that the first row arrives at 0, except
-in our own format, whose times already count from the trace's start (and whose lines are in the order of completion).
+in our own format, whose times already count from the trace's start (and whose lines are in the order of completion). Other formats'
+rows must be in order of arrival, so that a window of a long trace can be read without the rest.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from cluster.errors import InvalidTrace
 from cluster.record import TraceRow
 
 MAX_LINE_BYTES = 8 * 2**20  # A million-token prompt's block hashes fit; a file that is no text does not eat the memory.
-MAX_TOKENS = 2**31 - 1
+MAX_TOKENS = 2**20  # The longest context windows; a broken length does not become a prompt that eats the memory.
+MAX_SPAN_S = 1e9  # Thirty years.
 SHOWN_CHARS = 60
+GZIP = b"\x1f\x8b"
 
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
@@ -56,6 +59,10 @@ def open_trace(path: str | Path, format: str | None = None) -> Trace:
             line, first = next(_lines(str(path), file), (1, b""))
     except OSError as error:
         raise InvalidTrace(f"{path}: {error.strerror}") from error
+    if not first:
+        raise InvalidTrace(f"{path}: is empty")
+    if first.startswith(GZIP):
+        raise InvalidTrace(f"{path}: is compressed by gzip; unpack it first")
     return Trace(path=path, format=format or _detect(str(path), line, first))
 
 
@@ -99,8 +106,30 @@ def _lines(path: str, file: BinaryIO) -> Lines:
 
 def _invalid(path: str, line: int, value: bytes | str, expected: str) -> InvalidTrace:
     text = value.decode(errors="replace") if isinstance(value, bytes) else value
-    shown = text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "..."
-    return InvalidTrace(f"{path}:{line}: {shown!r}: expected {expected}")
+    shown = repr(text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "...")
+    if "\ufffd" in shown or "\\x00" in shown:
+        shown = "no text in UTF-8"
+    return InvalidTrace(f"{path}:{line}: {shown}: expected {expected}")
+
+
+class _Clock:
+    """Arrivals as seconds since the first. Raises InvalidTrace for one before its predecessor, or out of any sensible range."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._first_s: float | None = None
+        self._last_s = 0.0
+
+    def since_first(self, at_s: float, number: int, value: bytes | str) -> float:
+        if self._first_s is None:
+            self._first_s = self._last_s = at_s
+        if at_s < self._last_s:
+            expected = f"a time not before that of the row above it; it is {self._last_s - at_s:g} s before"
+            raise _invalid(self._path, number, value, expected)
+        if at_s - self._first_s > MAX_SPAN_S:
+            raise _invalid(self._path, number, value, f"a time at most {MAX_SPAN_S:g} s after the first row's")
+        self._last_s = at_s
+        return at_s - self._first_s
 
 
 # JSON lines
@@ -109,7 +138,13 @@ def _invalid(path: str, line: int, value: bytes | str, expected: str) -> Invalid
 def _mobula(path: str, lines: Lines) -> Iterator[TraceRow]:
     decode = msgspec.json.Decoder(TraceRow).decode
     for number, line in lines:
-        yield _decoded(decode, path, number, line)
+        row = _decoded(decode, path, number, line)
+        for name in ("prompt_tokens", "output_tokens", "block_tokens"):
+            if getattr(row, name) > MAX_TOKENS:
+                raise _invalid(path, number, str(getattr(row, name)), f"{name} of at most {MAX_TOKENS}")
+        if row.arrival_s > MAX_SPAN_S:
+            raise _invalid(path, number, str(row.arrival_s), f"arrival_s of at most {MAX_SPAN_S:g}")
+        yield row
 
 
 Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
@@ -124,12 +159,11 @@ class _MooncakeLine(msgspec.Struct, frozen=True):
 
 def _mooncake(path: str, lines: Lines) -> Iterator[TraceRow]:
     decode = msgspec.json.Decoder(_MooncakeLine).decode
-    start_ms = None
+    clock = _Clock(path)
     for number, line in lines:
         row = _decoded(decode, path, number, line)
-        start_ms = row.timestamp if start_ms is None else start_ms
         yield TraceRow(
-            arrival_s=_after_start((row.timestamp - start_ms) / 1000, path, number, line),
+            arrival_s=clock.since_first(row.timestamp / 1000, number, line),
             prompt_tokens=max(1, row.input_length),
             output_tokens=row.output_length,
             block_hashes=row.hash_ids,
@@ -148,12 +182,10 @@ def _decoded(decode: Callable[[bytes], Row], path: str, number: int, line: bytes
 
 
 def _azure(path: str, lines: Lines) -> Iterator[TraceRow]:
-    start_s = None
+    clock = _Clock(path)
     for number, (at, prompt, output) in _columns(path, lines, AZURE):
-        at_s = _unix_s(at, path, number)
-        start_s = at_s if start_s is None else start_s
         yield TraceRow(
-            arrival_s=_after_start(at_s - start_s, path, number, at),
+            arrival_s=clock.since_first(_unix_s(at, path, number), number, at),
             prompt_tokens=max(1, _tokens("ContextTokens", prompt, path, number)),
             output_tokens=_tokens("GeneratedTokens", output, path, number),
         )
@@ -161,12 +193,10 @@ def _azure(path: str, lines: Lines) -> Iterator[TraceRow]:
 
 def _burstgpt(path: str, lines: Lines) -> Iterator[TraceRow]:
     """The first release has no `Session ID`; where a response has 0 tokens the service had failed."""
-    start_s = None
+    clock = _Clock(path)
     for number, (at, prompt, output, session) in _columns(path, lines, BURSTGPT, optional=("Session ID",)):
-        at_s = _seconds("Timestamp", at, path, number)
-        start_s = at_s if start_s is None else start_s
         yield TraceRow(
-            arrival_s=_after_start(at_s - start_s, path, number, at),
+            arrival_s=clock.since_first(_seconds("Timestamp", at, path, number), number, at),
             prompt_tokens=max(1, _tokens("Request tokens", prompt, path, number)),
             output_tokens=_tokens("Response tokens", output, path, number),
             session_id=session or None,
@@ -210,12 +240,6 @@ def _unix_s(text: str, path: str, number: int) -> float:
     except ValueError as error:
         raise _invalid(path, number, text, "TIMESTAMP like 2023-11-16 18:15:46.6805900, with or without +00:00") from error
     return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
-
-
-def _after_start(at_s: float, path: str, number: int, value: bytes | str) -> float:
-    if at_s < 0:
-        raise _invalid(path, number, value, f"a time not before the first row's; it is {-at_s:g} s before")
-    return at_s
 
 
 _READERS: dict[str, Callable[[str, Lines], Iterator[TraceRow]]] = {

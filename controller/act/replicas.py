@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.errors import InvalidConfig, MobulaError, Unreachable
 from cluster.fleet import Fleet
 from cluster.placement import NODE_LABEL, WorkerPlan
+from controller.config import memory_by_node
 from controller.registry import REGISTRY_NAME, Registry, RegistryClient, namespace_of
 from workers.worker import DRAIN_S
 from workers.worker_process import WorkerProcess
@@ -26,11 +27,17 @@ WORKER_ENV = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 def check_nodes(fleet: Fleet) -> None:
-    """Raise InvalidConfig for the first node that no live Ray node is labelled as."""
-    labels = {node["Labels"].get(NODE_LABEL) for node in ray.nodes() if node["Alive"]}
+    """Raise InvalidConfig for the first node that no live Ray node is labelled as, or whose memory its replicas exceed."""
+    memory = {node["Labels"].get(NODE_LABEL): node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]}
+    taken = memory_by_node(fleet)
     for node in fleet.nodes:
-        if node.name not in labels:
-            raise InvalidConfig(f"nodes: no Ray node carries the label {NODE_LABEL}={node.name}")
+        if node.name not in memory:
+            raise InvalidConfig(f"nodes: no Ray node carries the label {NODE_LABEL}={node.name}; `ray start --labels` gives it")
+        if taken[node.name] > memory[node.name]:
+            raise InvalidConfig(
+                f"nodes: {node.name}: its replicas' weights and KV are {taken[node.name]} bytes, "
+                f"above {memory[node.name]:.0f}, the memory that its Ray node has"
+            )
 
 
 async def start_registry(fleet: Fleet) -> RegistryClient:
@@ -109,11 +116,11 @@ class Workers:
         ray.kill(handle, no_restart=True)
 
 
-def _cause(error: RayTaskError, plan: WorkerPlan) -> Exception:
+def _cause(error: RayTaskError, plan: WorkerPlan) -> MobulaError:
     """The worker's own error, without Ray's traceback around it, and with the replicas it was about."""
     cause = error.cause
     if not isinstance(cause, MobulaError):
-        return error
+        return Unreachable(f"{_names(plan)}: {type(cause).__name__}: {cause}")
     cause.args = (f"{_names(plan)}: {cause}",)
     return cause
 

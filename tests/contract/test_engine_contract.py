@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -172,6 +174,27 @@ def test_counters_agree_with_what_was_asked_and_told(started):
     assert load.preemptions == 0
 
 
+def test_what_is_past_its_deadline_is_not_begun_and_what_has_begun_goes_on(started):
+    engine, heard = started()
+    whole = asked("whole")
+    engine.submit(whole)
+    tokens = [token.token_id for token in heard.finished("whole")]
+    past = msgspec.structs.replace(whole.request, deadline_s=time.time() - 5.0)
+    computed = engine.load().prompt_tokens
+    carrier = Carrier()
+    engine.submit(Submission(request=msgspec.structs.replace(past, request_id="late")))
+    [token] = heard.finished("late")
+    assert (token.finish, token.retry) == ("error", False)
+    assert "request late is 5." in token.error
+    engine.prefill(Submission(request=msgspec.structs.replace(past, request_id="late")), 0, carrier)
+    assert carrier.ended.wait(WAIT_S)
+    assert "past its deadline" in carrier.failure[0]
+    assert not carrier.failure[1]
+    assert engine.load().prompt_tokens == computed
+    engine.submit(Submission(request=msgspec.structs.replace(past, request_id="rest"), attempt=1, generated=tuple(tokens[:5])))
+    assert [token.token_id for token in heard.finished("rest")] == tokens[5:]
+
+
 def test_what_cannot_fit_is_refused_with_the_bound(started):
     engine, _ = started()
     limit = engine.limits.context_tokens
@@ -237,6 +260,23 @@ def test_an_aborted_reservation_leaves_nothing(started):
     place.abort()
     place.abort()
     assert engine.load().kv_blocks_used == 0
+
+
+def test_a_sink_that_raises_stops_no_step(make):
+    engine, heard, refused = make(), Heard(), []
+
+    def moody(output: StepOutput) -> None:
+        heard(output)
+        if not refused:
+            refused.append(output)
+            raise OSError("nobody listens")
+
+    engine.start(moody)
+    engine.submit(asked("r"))
+    assert [token.index for token in heard.finished("r")] == list(range(12))
+    assert engine.alive
+    engine.stop()
+    assert not engine.alive
 
 
 def test_stop_fails_what_runs_with_retry(started):

@@ -4,10 +4,13 @@ import json
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from cluster.errors import InvalidConfig
-from controller.config import expand, read_fleet
+from cluster.fleet import Fleet
+from controller.config import check_fleet, expand, load_fleet, memory_by_node
 
 GOOD = """
 name: demo
@@ -28,6 +31,12 @@ def write(tmp_path: Path):
     (tmp_path / "tiny").mkdir()
     config = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
     (tmp_path / "tiny/config.json").write_text(json.dumps(config))
+    (tmp_path / "tiny/tokenizer.json").write_text("{}")
+    save_file({"w": np.zeros(64, np.float32)}, tmp_path / "tiny/model.safetensors")
+
+    (tmp_path / "junk").mkdir()
+    for name in ("ca.pem", "cert.pem", "key.pem"):
+        (tmp_path / "junk" / name).write_text("junk")
 
     def write(text: str) -> Path:
         with socket.socket() as probe:
@@ -38,6 +47,12 @@ def write(tmp_path: Path):
         return path
 
     return write
+
+
+def read_fleet(path: Path) -> Fleet:
+    fleet = load_fleet(path)
+    check_fleet(path, fleet)
+    return fleet
 
 
 def test_replicas_are_named_and_placed_on_nodes_in_turn(write):
@@ -66,7 +81,7 @@ REFUSED = {
     "unknown key in a group's pace": ("shape: llama-3.1-8b, accelerator: h100", "shap: x", "`replicas[0].pace.shap`; did you mean shape"),
     "wrong type": ("count: 3", "count: three", "Expected `int`, got `str` - at `replicas[1].count`"),
     "count below one": ("count: 3", "count: 0", "replicas[1].count 0 is below 1"),
-    "too many replicas": ("count: 3", "count: 10001", "below 10002"),
+    "too many replicas": ("count: 3", "count: 10001", "the sum of all counts 10002 is above 10000"),
     "nobody decodes": ("role: decode", "role: prefill", "none decodes model tiny"),
     "unknown model": ("role: decode,", "role: decode, model: tinny,", "replicas[1].model tinny is no model of this file; did you mean tiny?"),
     "unknown pool": ("role: decode,", "role: decode, pool: gpus,", "replicas[1].pool gpus has no node; known here: default"),
@@ -74,7 +89,7 @@ REFUSED = {
     "torch replicas in one process": ("role: decode,", "role: decode, per_worker: 2,", "per_worker 2 above 1"),
     "unknown shape": ("shape: llama-3.1-8b, accelerator: h100", "shape: llama-3.1-8, accelerator: h100", "did you mean llama-3.1-8b"),
     "unknown accelerator": ("accelerator: a100-80g}\n", "accelerator: a10O}\n", "nodes[0].accelerator a10O is no known accelerator"),
-    "no speed": ("accelerator: h100}}", "accelerator: h100, speedup: 0}}", "replicas[0].pace.speedup 0.0 is not above 0"),
+    "no speed": ("accelerator: h100}}", "accelerator: h100, speedup: 0}}", "replicas[0].pace.speedup 0.0 is not a finite number above 0"),
     "budget below batch": ("role: decode,", "role: decode, step_budget_tokens: 8,", "step_budget_tokens 8 is below replicas[1].max_running 64"),
     "two nodes of one name": ("name: b,", "name: a,", "nodes[1].name a is taken by nodes[0]"),
     "bad name": ("name: demo", "name: ../x", "name '../x' is not made of"),
@@ -85,11 +100,25 @@ REFUSED = {
     "not loopback": ("gateway: {", "gateway: {host: 0.0.0.0, ", "gateway.host 0.0.0.0 is no loopback address"),
     "tls incomplete": ("gateway:", "transport: {tls_dir: tiny}\ngateway:", "lacks ca.pem"),
     "secret missing": ("gateway:", "transport: {secret_file: none.txt}\ngateway:", "is no file"),
-    "no throughput": ("gateway:", "transport: {kv_bytes_per_s: 0}\ngateway:", "kv_bytes_per_s 0.0 is not above 0"),
+    "no throughput": ("gateway:", "transport: {kv_bytes_per_s: 0}\ngateway:", "kv_bytes_per_s 0.0 is not a finite number above 0"),
     "model missing": ("path: tiny", "path: ./absent", "absent is no directory"),
     "no router": ("gateway:", "routing: {use: 'policies.policy:Rooter'}\ngateway:", "routing.use 'policies.policy:Rooter' cannot be imported"),
     "unknown setting of the router": ("gateway:", "routing: {settings: {wieght: 1}}\ngateway:", "routing.settings do not fit policies"),
-    "more KV than memory": ("count: 3, kv_blocks: 64", "count: 3, kv_blocks: 1000000000", "kv_blocks of 8192 bytes bring the fleet's KV to"),
+    "more KV than memory": ("count: 3, kv_blocks: 64, pace: {shape: llama-3.1-8b, accelerator: a100-80g}", "count: 3, kv_blocks: 1000000000", "1000000000 kv_blocks, 8192000000000 bytes, and 328 of weights) bring the fleet to"),
+    "more KV than the accelerator that is played": ("count: 3, kv_blocks: 64", "count: 3, engine: emulated, kv_blocks: 40000", "above 80000000000, the memory of 1 x a100-80g"),
+    "a model above the accelerator that is played": ("shape: llama-3.1-8b, accelerator: h100", "shape: llama-3.1-70b, accelerator: h100", "replicas[0]: 64 kv_blocks of llama-3.1-70b are"),
+    "block sizes that cannot be handed over": ("count: 3,", "count: 3, block_tokens: 32,", "block_tokens is 16 in replicas[0] but 32 in replicas[1]"),
+    "types that cannot be handed over": ("count: 3,", "count: 3, dtype: bfloat16,", "dtype is float32 in replicas[0] but bfloat16 in replicas[1]"),
+    "key given twice": ("gateway:", "name: other\ngateway:", "key `name` is given 2 times"),
+    "unknown key in a mapping": ("gateway:", "slo: {gold: {ttft: 1}}\ngateway:", "unknown key `slo.gold.ttft`; did you mean ttft_s"),
+    "negative SLO": ("gateway:", "slo: {gold: {ttft_s: -1}}\ngateway:", "slo.gold.ttft_s -1.0 is not a finite number above 0"),
+    "endless timeout": ("allow_anonymous: true", "allow_anonymous: true, queue_timeout_s: .inf", "gateway.queue_timeout_s inf is above"),
+    "no number of cores": ("{name: a,", "{name: a, cpus: .nan,", "nodes[0].cpus nan is below 0.1"),
+    "too many threads": ("count: 3,", "count: 3, threads: 100000,", "replicas[1].threads 100000 is above 1024"),
+    "model name with a line break": ("{name: tiny,", '{name: "a\\nb",', "models[0].name 'a\\nb' is not 1 to 200 characters without spaces"),
+    "certificates that are none": ("gateway:", "transport: {tls_dir: junk}\ngateway:", "do not load"),
+    "a router that is none": ("gateway:", "routing: {use: 'os:getcwd'}\ngateway:", "'os:getcwd' makes no Router: str has no method route"),
+    "a date that is none": ("name: demo", "name: 2020-13-45", "is no YAML: month must be in 1..12"),
     "no YAML": ("models: [", "models: [[", "is no YAML"),
 }  # fmt: skip
 
@@ -111,6 +140,41 @@ def test_a_port_that_is_taken_is_refused(write):
         port = taken.getsockname()[1]
         with pytest.raises(InvalidConfig, match=f"gateway.port {port} on 127.0.0.1 cannot be had"):
             read_fleet(write(GOOD.replace("PORT", str(port))))
+
+
+def test_weights_count_towards_the_memory_of_each_node(write):
+    path = write(GOOD)
+    (path.parent / "tiny/model.safetensors").write_bytes(bytes(1000))
+    block = 2 * 2 * 2 * 16 * 16 * 4  # Keys and values x layers x heads x width x tokens x bytes.
+    replica = 64 * block + 1000
+    assert memory_by_node(load_fleet(path)) == {"a": 2 * replica, "b": 2 * replica}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_checkpoint_that_lacks_a_file_is_refused_before_anything_starts(write, tmp_path: Path, name: str):
+    (tmp_path / "tiny" / name).unlink()
+    with pytest.raises(InvalidConfig, match=f"models: tiny: .*tiny/{name} is missing"):
+        read_fleet(write(GOOD))
+
+
+def test_a_truncated_checkpoint_is_refused_before_anything_starts(write, tmp_path: Path):
+    weights = tmp_path / "tiny/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(InvalidConfig, match=r"model.safetensors is truncated or broken"):
+        read_fleet(write(GOOD))
+
+
+def test_a_request_log_that_cannot_be_is_refused(write, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    path = write(GOOD.replace("allow_anonymous: true", "allow_anonymous: true, request_log: file/log"))
+    with pytest.raises(InvalidConfig, match=r"gateway.request_log .*/file/log: .*/file is no directory"):
+        read_fleet(path)
+
+
+def test_a_fleet_for_other_machines_is_not_measured_by_this_one(write):
+    pace = ", pace: {shape: llama-3.1-8b, accelerator: a100-80g}"
+    path = write(GOOD.replace(f"kv_blocks: 64{pace}", "kv_blocks: 1000000000"))
+    check_fleet(path, load_fleet(path), here=False)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):

@@ -119,7 +119,7 @@ class FakeWorker:
             sequence=self._sequence,
             at_s=time.time(),
             phase=Phase.READY,
-            running=0,
+            running=sum(not task.done() for task in self._tasks.values()),
             waiting=0,
             waiting_tokens=0,
             kv_tokens=0,

@@ -45,3 +45,33 @@ async def test_chat_logprobs_name_each_token_and_its_alternatives(serve):
     assert [(top.token, top.logprob) for top in content[0].top_logprobs] == [("a", 0.0), ("b", -1.0)]
     assert bytes(content[0].bytes).decode() == content[0].token
     assert plain.choices[0].logprobs.content[0].top_logprobs == []
+
+
+async def test_an_answer_may_be_sent_back_as_the_client_holds_it(serve):
+    fleet = FakeFleet("a")
+    async with serve(fleet) as served:
+        first = await served.client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=3, seed=0)
+        answer = first.choices[0].message
+        for said in (answer, answer.model_dump()):
+            await served.client.chat.completions.create(
+                model=MODEL, messages=[*MESSAGES, said, {"role": "user", "content": "go on"}], max_tokens=3
+            )
+    prompts = [submit.request.prompt for submit in fleet.workers["a"].submits]
+    assert prompts[1:] == [ids(f"s be kind.u hi.a {answer.content}.u go on.")] * 2
+
+
+async def test_hints_that_change_no_answer_are_taken(serve):
+    async with serve(FakeFleet("a")) as served:
+        plain = await served.client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=3, seed=0)
+        hinted = await served.client.chat.completions.create(
+            model=MODEL,
+            messages=MESSAGES,
+            max_tokens=3,
+            seed=0,
+            prompt_cache_key="k",
+            prompt_cache_retention="in_memory",
+            safety_identifier="s",
+            service_tier="auto",
+            user="u",
+        )
+    assert hinted.choices[0].message.content == plain.choices[0].message.content

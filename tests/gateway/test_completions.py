@@ -69,7 +69,7 @@ async def test_logprobs_name_each_token_its_alternatives_and_its_offset(serve):
     logprobs = answer.choices[0].logprobs
     assert logprobs.tokens == list(expected(ids("ab"), 0, 3))
     assert logprobs.token_logprobs == [-0.5] * 3
-    assert logprobs.top_logprobs == [{"a": 0.0, "b": -1.0}] * 3
+    assert logprobs.top_logprobs == [{"a": 0.0, "b": -1.0} | {token: -0.5} for token in logprobs.tokens]
     assert logprobs.text_offset == [0, 1, 2]
 
 
@@ -103,6 +103,14 @@ async def test_every_sampling_parameter_reaches_the_worker(serve):
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.1, 0.2, 1.1)
     assert (sampling.stop, sampling.stop_token_ids, sampling.ignore_eos, sampling.seed) == (("x", "yz"), (4,), True, 5)
     assert (request.priority, request.slo_class, request.prompt) == (3, "batch", ids("ab"))
+
+
+async def test_a_nucleus_of_nothing_is_the_likeliest_token(serve):
+    fleet = FakeFleet("a")
+    async with serve(fleet) as served:
+        await served.client.completions.create(model=MODEL, prompt="ab", max_tokens=1, top_p=0)
+    sampling = fleet.workers["a"].submits[0].request.sampling
+    assert (sampling.top_p, sampling.top_k) == (1.0, 1)
 
 
 async def test_requests_without_a_seed_draw_unlike_ones(serve):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import socket
 
+import msgspec
 import openai
 import pytest
 import pytest_asyncio
 
 from cluster.errors import InvalidConfig
-from cluster.fleet import GatewaySpec
 from cluster.handoff import Token
+from cluster.record import RequestRecord
 from gateway.server import listen
 from tests.gateway.conftest import serving
 from tests.gateway.fake_fleet import CONTEXT_TOKENS, MODEL, FakeFleet
@@ -46,12 +48,12 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "a"}]}
         ("completions", OK | {"n": 129}, 400, "n", "invalid_value"),
         ("completions", OK | {"n": 65, "prompt": ["a", "b"]}, 400, "n", "invalid_value"),
         ("completions", OK | {"temperature": 2.1}, 400, "temperature", "invalid_value"),
-        ("completions", OK | {"top_p": 0}, 400, "top_p", "invalid_value"),
+        ("completions", OK | {"top_p": -0.1}, 400, "top_p", "invalid_value"),
         ("completions", OK | {"seed": 2**63}, 400, "seed", "invalid_value"),
         ("completions", OK | {"min_tokens": 3}, 400, "min_tokens", "invalid_value"),
         ("completions", OK | {"stop": ["a"] * 17}, 400, "stop", "invalid_value"),
         ("completions", OK | {"stop": ""}, 400, "stop", "invalid_value"),
-        ("completions", OK | {"stop": [1]}, 400, "stop", "invalid_type"),
+        ("completions", OK | {"stop": ["a", 1]}, 400, "stop[1]", "invalid_type"),
         ("completions", OK | {"stop_token_ids": [-1]}, 400, "stop_token_ids", "invalid_value"),
         ("completions", OK | {"logprobs": 21}, 400, "logprobs", "invalid_value"),
         ("completions", OK | {"echo": True}, 400, "echo", "unsupported_parameter"),
@@ -63,7 +65,16 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "a"}]}
         ("completions", OK | {"priority": 101}, 400, "priority", "invalid_value"),
         ("completions", OK | {"tempreature": 1}, 400, "tempreature", "unknown_parameter"),
         ("chat/completions", CHAT | {"messages": []}, 400, "messages", "invalid_value"),
-        ("chat/completions", CHAT | {"messages": [{"role": "king", "content": "a"}]}, 400, "messages", "invalid_type"),
+        ("chat/completions", CHAT | {"messages": [{"role": "king", "content": "a"}]}, 400, "messages[0].role", "invalid_type"),
+        ("chat/completions", CHAT | {"messages": [{"role": "user", "x": 1}]}, 400, "messages[0].x", "unknown_parameter"),
+        ("chat/completions", CHAT | {"messages": [{"role": "user"}]}, 400, "messages[0].content", "missing_required_parameter"),
+        (
+            "chat/completions",
+            CHAT | {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+            400,
+            "messages[0].tool_calls",
+            "unsupported_parameter",
+        ),
         ("chat/completions", CHAT | {"tools": [{}]}, 400, "tools", "unsupported_parameter"),
         ("chat/completions", CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
         ("chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
@@ -88,6 +99,62 @@ async def shared(model_dir):
     """One gateway for all: nothing here reaches a worker."""
     async with serving(model_dir, FakeFleet("a"), max_body_bytes=200_000) as served:
         yield served
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+async def test_every_parameter_of_the_official_client_is_served_or_refused_by_its_name(serve, endpoint):
+    async with serve(FakeFleet("a")) as served:
+        create = served.client.completions.create if endpoint == "completions" else served.client.chat.completions.create
+        of_transport = {"extra_headers", "extra_query", "extra_body", "timeout"}
+        bodies = {"completions": OK, "chat": CHAT | {"max_tokens": 1}}
+        for name in inspect.signature(create).parameters.keys() - bodies[endpoint].keys() - of_transport:
+            answer = await served.http.post(create_path(endpoint), json=bodies[endpoint] | {name: {"odd": 1}})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"].partition(".")[0]) == (400, name)
+            assert error["code"] in ("unsupported_parameter", "invalid_type", "unknown_parameter")
+            assert name == "stream_options" or error["code"] != "unknown_parameter"
+
+
+def create_path(endpoint: str) -> str:
+    return "/v1/completions" if endpoint == "completions" else "/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            {"response_format": {"type": "json_object"}},
+            'response_format {"type":"json_object"} is not supported here, only {"type":"text"}',
+        ),
+        ({"audio": {}}, "audio {} is not supported here"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "Invalid enum value 'tool' - at `$.messages[0].role`, which is one of system, developer, user, assistant",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "Invalid enum value 'image_url' - at `$.messages[0].content[0].type`, which is one of text",
+        ),
+    ],
+)
+async def test_a_refusal_names_what_was_given_and_what_may_be(serve, body, message):
+    async with serve(FakeFleet("a")) as served:
+        answer = await served.http.post("/v1/chat/completions", json=CHAT | body)
+    assert answer.json()["error"]["message"] == message
+
+
+async def test_an_error_does_not_send_back_all_it_was_given(serve):
+    async with serve(FakeFleet("a")) as served:
+        for body in (OK | {"model": "x" * 100_000}, OK | {"y" * 100_000: 1}):
+            answer = await served.http.post("/v1/completions", json=body)
+            assert answer.status_code in (400, 404)
+            assert len(answer.content) < 4000
+
+
+async def test_bad_utf8_is_placed_in_the_body(serve):
+    async with serve(FakeFleet("a")) as served:
+        answer = await served.http.post("/v1/completions", content=b'{"model":"tiny","prompt":"ab\xff"}')
+    assert answer.json()["error"]["message"] == "the body is not UTF-8 at byte 28"
 
 
 async def test_neutral_values_of_unsupported_fields_change_nothing(serve):
@@ -118,8 +185,10 @@ async def test_a_body_above_the_bound_is_413_announced_or_not(serve):
 async def test_unknown_paths_and_methods_answer_in_the_same_shape(serve):
     async with serve(FakeFleet("a")) as served:
         missing, wrong = await served.http.get("/v2"), await served.http.get("/v1/completions")
+        slash = await served.http.post("/v1/completions/", json=OK)
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert (slash.status_code, slash.json()["error"]["code"]) == (404, "not_found")
 
 
 async def test_request_ids_are_echoed_made_up_or_refused(serve):
@@ -127,11 +196,16 @@ async def test_request_ids_are_echoed_made_up_or_refused(serve):
         given = await served.http.post("/v1/completions", json=OK, headers={"x-request-id": "mine-1"})
         made = await served.http.post("/v1/completions", json=OK)
         refused = await served.http.post("/v1/completions", json=OK, headers={"x-request-id": "a b"})
-        failed = await served.http.post("/v1/completions", json=OK | {"n": 0}, headers={"x-request-id": "mine-2"})
+        named = {"x-request-id": "mine-2"}
+        failed = await served.http.post("/v1/completions", json=OK | {"n": 0}, headers=named)
+        others = [
+            await served.http.get(path, headers=named) for path in ("/v1/models", "/v1/models/unknown", "/v2", "/v1/completions")
+        ]
     assert given.headers["x-request-id"] == "mine-1"
     assert len(made.headers["x-request-id"]) == 32
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-request-id")
-    assert failed.headers["x-request-id"] == "mine-2"
+    assert len(refused.headers["x-request-id"]) == 32
+    assert {one.headers["x-request-id"] for one in (failed, *others)} == {"mine-2"}
 
 
 async def test_an_engine_that_refuses_is_told_to_the_client(serve):
@@ -173,10 +247,75 @@ async def test_beyond_the_queue_it_is_429_with_a_retry_after(serve):
     assert sum(one.exception() is None for one in asked) == 8 - len(refused)
 
 
+async def test_what_is_refused_is_neither_in_flight_nor_charged_but_logged(serve, tmp_path):
+    fleet = FakeFleet("a", max_running=1)
+    fleet.workers["a"].hold = asyncio.Event()
+    async with serve(fleet, max_queue=0, request_log=str(tmp_path)) as served:
+        served_one = asyncio.create_task(served.client.completions.create(**OK))
+        await asyncio.wait_for(fleet.workers["a"].submitted.wait(), 5)
+        refused = await served.http.post("/v1/completions", json=OK | {"n": 3})
+        held = (await served.http.get("/metrics")).text
+        fleet.workers["a"].hold.set()
+        await served_one
+        metrics = (await served.http.get("/metrics")).text
+    (path,) = tmp_path.glob("*.jsonl")
+    outcomes = [msgspec.json.decode(line, type=RequestRecord).outcome for line in path.read_bytes().splitlines()]
+    assert refused.status_code == 429
+    assert f'mobula_requests_in_flight{{model="{MODEL}"}} 1.0' in held
+    assert f'mobula_prompt_tokens_total{{key="anonymous",model="{MODEL}",tenant="default"}} 2.0' in metrics
+    assert f'mobula_requests_total{{model="{MODEL}",outcome="rejected",tenant="default"}} 1.0' in metrics
+    assert 'mobula_rejections_total{reason="Overloaded"} 1.0' in metrics
+    assert outcomes == ["rejected", "completed"]
+
+
+async def test_who_waits_too_long_is_counted_as_refused(serve):
+    fleet = FakeFleet("a", max_running=1)
+    fleet.workers["a"].hold = asyncio.Event()
+    async with serve(fleet, queue_timeout_s=0.1) as served:
+        served_one = asyncio.create_task(served.client.completions.create(**OK))
+        await asyncio.wait_for(fleet.workers["a"].submitted.wait(), 5)
+        overdue = await served.http.post("/v1/completions", json=OK)
+        metrics = (await served.http.get("/metrics")).text
+        fleet.workers["a"].hold.set()
+        await served_one
+    assert overdue.status_code == 429
+    assert 'mobula_rejections_total{reason="Overloaded"} 1.0' in metrics
+
+
+async def test_who_waits_for_a_model_whose_replicas_are_gone_is_told_so(serve):
+    fleet = FakeFleet("a", max_running=1)
+    fleet.workers["a"].hold = asyncio.Event()
+    async with serve(fleet, queue_timeout_s=0.5) as served:
+        asked = [asyncio.create_task(served.http.post("/v1/completions", json=OK)) for _ in range(2)]
+        await served.until(lambda: served.gateway.dispatcher.waiting == 1)
+        fleet.empty()
+        done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        fleet.workers["a"].hold.set()
+        refused = done.pop().result()
+        await asyncio.wait(asked)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["message"] == f"no replica of {MODEL} was ready for 0.5 s, as long as a request may wait"
+
+
+async def test_the_queues_depth_is_told_while_requests_wait_and_after(serve):
+    fleet = FakeFleet("a", max_running=1)
+    fleet.workers["a"].hold = asyncio.Event()
+    async with serve(fleet) as served:
+        asked = [asyncio.create_task(served.client.completions.create(**OK)) for _ in range(3)]
+        await served.until(lambda: served.gateway.dispatcher.waiting == 2)
+        waiting = (await served.http.get("/metrics")).text
+        fleet.workers["a"].hold.set()
+        await asyncio.gather(*asked)
+        fleet.workers["a"].report()
+        none = (await served.http.get("/metrics")).text
+    assert f'mobula_queue_depth{{model="{MODEL}"}} 2.0' in waiting
+    assert f'mobula_queue_depth{{model="{MODEL}"}} 0.0' in none
+
+
 def test_a_taken_port_is_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InvalidConfig, match=f"127.0.0.1:{port}: Address already in use"):
-            listen(GatewaySpec(port=port, allow_anonymous=True))
+            listen("127.0.0.1", port)

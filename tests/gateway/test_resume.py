@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.handoff import Token
+from cluster.record import RequestRecord
 from tests.gateway.conftest import serving
 from tests.gateway.fake_fleet import MODEL, FakeFleet, expected, ids
 
@@ -155,3 +157,71 @@ async def test_two_hundred_streams_outlive_a_worker(model_dir):
     async with serving(model_dir, fleet) as served:
         texts = await asyncio.gather(*(text_of(served, f"{'abcdefghij'[row % 10]}") for row in range(200)))
     assert texts == [expected(ids("abcdefghij"[row % 10]), 4, TOKENS) for row in range(200)]
+
+
+async def test_a_resume_does_not_change_what_the_client_is_told_of_its_prompt(model_dir, tmp_path):
+    def another_account(worker, submit, index):
+        token = worker.token(submit, index)
+        if submit.attempt == 1 and index == 7:
+            token = msgspec.structs.replace(token, times=(9.0, 9.0, 9.0), cached_tokens=12)
+        worker.tokens(token)
+        return False
+
+    fleet = FakeFleet("a", "b")
+    broken = []
+
+    def script(worker, submit, index):
+        if not broken and index == 7:
+            broken.append(worker)
+            return _break(worker, submit, index)
+        return another_account(worker, submit, index)
+
+    for worker in fleet.workers.values():
+        worker.fault = script
+    async with serving(model_dir, fleet, request_log=str(tmp_path)) as served:
+        answer = await served.client.completions.create(model=MODEL, prompt="hello", max_tokens=TOKENS, seed=4)
+    (path,) = tmp_path.glob("*.jsonl")
+    record = msgspec.json.decode(path.read_bytes(), type=RequestRecord)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
+    assert (record.attempts, record.prefill_s, record.cached_tokens) == (2, 0.002, 3)
+    assert sorted(record.replicas) == ["a", "b"]
+
+
+async def test_a_request_waits_for_a_replica_after_the_table_lost_all_of_them(model_dir):
+    fleet = FakeFleet("a", "b")
+    async with serving(model_dir, fleet) as served:
+        for worker in fleet.workers.values():
+            worker.hold = asyncio.Event()
+        asking = asyncio.create_task(text_of(served))
+        await served.until(lambda: any(worker.submits for worker in fleet.workers.values()))
+        worker = next(worker for worker in fleet.workers.values() if worker.submits)
+        other = next(one for one in fleet.workers.values() if one is not worker)
+        fleet.empty()
+        await served.until(lambda: not served.gateway.dispatcher.ready())
+        worker.break_links()
+        worker.reachable = False
+        await served.until(lambda: served.gateway.dispatcher.waiting == 1)
+        other.hold.set()
+        fleet.publish(other.row)
+        assert await asking == expected(ids("hello"), 4, TOKENS)
+
+
+async def test_a_failing_tick_and_a_failing_table_do_not_end_the_watch(model_dir, monkeypatch, caplog):
+    fleet = FakeFleet("a", "b")
+    first_fault_at(fleet, 5, _hang)
+    async with serving(model_dir, fleet) as served:
+        dispatcher = served.gateway.dispatcher
+        for owner, name in ((dispatcher._links, "check_silence"), (dispatcher._links, "update")):
+            fails_once(monkeypatch, owner, name)
+        fleet.publish()
+        await served.until(lambda: "a bug in check_silence" in caplog.text and "a bug in update" in caplog.text)
+        assert await text_of(served) == expected(ids("hello"), 4, TOKENS)
+
+
+def fails_once(monkeypatch, owner: object, name: str) -> None:
+    def fail(*_):
+        monkeypatch.setattr(owner, name, working)
+        raise RuntimeError(f"a bug in {name}")
+
+    working = getattr(owner, name)
+    monkeypatch.setattr(owner, name, fail)

@@ -19,7 +19,7 @@ TOKENS = 40
 def fleet(start_fleet: Callable[..., LiveFleet], model_dir: object) -> LiveFleet:
     config = {
         "models": [{"name": "tiny", "path": str(model_dir)}],
-        "replicas": [torch_group("prefill", 2), torch_group("decode", 2, kv_blocks=4096)],
+        "replicas": [torch_group("prefill", 2), torch_group("decode", 2, kv_blocks=3072)],
         "routing": APART,
     }
     return start_fleet("losses", config)

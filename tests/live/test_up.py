@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from rich.console import Console
@@ -35,7 +37,7 @@ nodes: [{name: a}, {name: b}]
 replicas:
   - {role: prefill, engine: emulated, pace: {shape: llama-3.1-8b, accelerator: h100}}
   - {role: decode, count: 2, engine: emulated, pace: {shape: llama-3.1-8b, accelerator: h100}}
-gateway: {port: PORT, allow_anonymous: true}
+gateway: {port: PORT, allow_anonymous: true, replicas: 2}
 """
 
 
@@ -54,12 +56,11 @@ def config(model_dir: Path):
 
 @pytest.fixture(scope="module")
 def home(config):
-    process, url = start(config, None, QUIET)
-    home = FleetHome("live")
+    process, url, home = start(config, None, QUIET)
     assert url == home.record().url
     yield home
     if (record := home.record()) is not None:
-        end_fleet(record)
+        end_fleet(record, home)
     process.wait(GONE_S)
 
 
@@ -112,6 +113,20 @@ def test_all_that_is_ours_listens_on_loopback_only(home):
             assert {ip for ip in listening if ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")} == set(), process.cmdline()
 
 
+def requests_seen(metrics: str) -> float:
+    return sum(float(value) for value in re.findall(r"^mobula_requests_total\{[^}]*\} (\S+)$", metrics, re.MULTILINE))
+
+
+def test_each_gateway_replica_counts_for_itself_at_its_own_address(home):
+    now = until(home, lambda now: len(now.gateways) == 2)
+    for _ in range(12):  # A connection each: the kernel gives them to either.
+        answer = httpx.post(f"{now.url}/v1/completions", json={"model": "tiny", "prompt": "one", "max_tokens": 2})
+        assert answer.status_code == 200, answer.text
+    seen = [requests_seen(httpx.get(f"{url}/metrics").text) for url in now.gateways]
+    assert sum(seen) == 12
+    assert len(set(now.gateways)) == 2
+
+
 def test_the_secret_is_its_owners_alone(home):
     assert home.secret_path.stat().st_mode & 0o777 == 0o600
 
@@ -156,9 +171,9 @@ def test_down_leaves_no_process_and_no_file(home):
     assert len(below) > 3
     directory = Path(below[0].environ()["RAY_TMPDIR"])
     assert directory.is_dir()
-    assert end_fleet(record) == 0
-    home.clear()
+    assert end_fleet(record, home) == 0
     psutil.wait_procs(below, GONE_S)
     assert [process for process in below if process.is_running()] == []
     assert not directory.exists()
-    assert [path.name for path in home.path.iterdir()] == ["supervisor.log"]
+    assert sorted(path.name for path in home.path.iterdir()) == ["logs", "supervisor.log"]
+    assert list(home.ray_logs_path.glob("worker-*.err"))

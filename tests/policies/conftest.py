@@ -9,7 +9,7 @@ import pytest
 from cluster.kv import KvLayout
 from cluster.performance import PerformanceModel
 from cluster.replica import Load, Phase, Replica, Role
-from policies.policy import Ask
+from policies.route import Ask
 from policies.routing import PredictedLatencyRouter
 
 PERFORMANCE = PerformanceModel(step_s=0.01, prefill_token_s=1e-4, sequence_s=1e-4, kv_token_s=1e-7)

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from cluster.errors import InvalidConfig
 from cluster.kv import KvCleared, KvStored
+from cluster.performance import PerformanceModel
 from cluster.replica import Phase, Role
-from policies.policy import Rejection, Route
+from policies.route import Rejection, Route
 from policies.routing import TERMS, PredictedLatencyRouter
 from policies.routing_view import FleetView
 
@@ -40,12 +41,10 @@ def fleets(draw, roles=tuple(Role)):
     return draw(st.lists(one, min_size=1, max_size=8))
 
 
-def build(small, drawn, extra=None) -> FleetView:
-    """Replicas r0, r1, ...; `extra` adds (running, waiting tokens) to one of them."""
+def build(small, drawn) -> FleetView:
+    """Replicas r0, r1, ..."""
     replicas, loads = [], []
     for number, (role, phase, model, running, waiting) in enumerate(drawn):
-        more, tokens = extra[1] if extra and extra[0] == number else (0, 0)
-        running, waiting = running + more, waiting + tokens
         replicas.append(small.replica(f"r{number}", role, phase=phase, model=model))
         used = {"running": running, "waiting_tokens": waiting, "kv_tokens": 300 * running, "kv_blocks_used": 20 * running}
         loads.append(small.load(f"r{number}", phase=phase, **used))
@@ -82,17 +81,48 @@ def test_only_ready_replicas_of_the_model_that_are_not_excluded_are_chosen(small
         assert route.prefill is None or route.prefill.replica_id != route.decode.replica_id
 
 
+UNLIKE = st.tuples(
+    st.sampled_from(Role),
+    st.sampled_from([0.2, 1.0, 5.0]),
+    st.sampled_from([0.1, 1.0, 10.0]),
+    st.sampled_from(["", "h1", "h2"]),
+    st.integers(0, 16),
+    st.integers(0, 4000),
+    st.integers(0, 60),
+)
+"""Role, decode and prefill times of the usual, host, running, waiting tokens, cached blocks."""
+
+
+def build_unlike(small, drawn, number: int, more: tuple[int, int]) -> FleetView:
+    """Replicas r0, r1, ... unlike each other in everything; one has `more` (running, waiting tokens)."""
+    replicas, loads = [], []
+    for row, (role, decode, prefill, host, running, waiting, _) in enumerate(drawn):
+        added, tokens = more if row == number else (0, 0)
+        times = PerformanceModel(
+            step_s=0.01 * decode, prefill_token_s=1e-4 * prefill, sequence_s=1e-4 * decode, kv_token_s=1e-7 * decode
+        )
+        replicas.append(small.replica(f"r{row}", role, performance=times, host_id=host))
+        used = {"running": running + added, "kv_tokens": 300 * (running + added), "kv_blocks_used": 20 * (running + added)}
+        loads.append(small.load(f"r{row}", waiting_tokens=waiting + tokens, **used))
+    fleet = fleet_of(replicas, loads)
+    for row, (*_, cached) in enumerate(drawn):
+        if cached:
+            holds(fleet, f"r{row}", tuple(range(cached)))
+    return fleet
+
+
 @settings(max_examples=300, deadline=None)
 @given(
-    drawn=st.sampled_from([(Role.MIXED,), (Role.PREFILL, Role.DECODE)]).flatmap(lambda roles: fleets(roles=roles)),
-    number=st.integers(0, 7),
+    drawn=st.lists(UNLIKE, min_size=1, max_size=6),
+    number=st.integers(0, 5),
     more=st.tuples(st.integers(0, 5), st.integers(0, 2000)),
     tokens=st.integers(1, 2000),
+    slo=st.fixed_dictionaries({"ttft_slo_s": st.none() | st.just(0.5), "tpot_slo_s": st.none() | st.just(0.02)}),
 )
-def test_more_load_on_a_replica_never_attracts_a_request_to_it(small, router, drawn, number, more, tokens):
-    ask = small.ask("r", tokens)
-    before = named(router.route(ask, build(small, drawn).routing_view("m", NOW_S)))
-    after = named(router.route(ask, build(small, drawn, extra=(number, more)).routing_view("m", NOW_S)))
+def test_more_load_on_a_replica_never_attracts_a_request_to_it(small, router, drawn, number, more, tokens, slo):
+    ask = small.ask("r", tokens, block_hashes=tuple(range(tokens // 16)), **slo)
+    before = named(router.route(ask, build_unlike(small, drawn, number, (0, 0)).routing_view("m", NOW_S)))
+    after = named(router.route(ask, build_unlike(small, drawn, number, more).routing_view("m", NOW_S)))
     assert f"r{number}" in before or f"r{number}" not in after
 
 

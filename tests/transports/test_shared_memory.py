@@ -87,16 +87,25 @@ async def test_kv_goes_in_frames_where_memory_is_full(monkeypatch):
 
 
 async def test_a_segment_is_used_again_and_removed_with_its_transport(monkeypatch):
-    transport = SharedMemoryTransport(CREDENTIAL)
+    transport, sender = SharedMemoryTransport(CREDENTIAL), SharedMemoryTransport(CREDENTIAL)
     names = []
     for _ in range(3):
-        await pulled(transport, transport, monkeypatch)
+        await pulled(transport, sender, monkeypatch)
         names += [path.name for path in SHM_DIR.glob(f"mobula-{os.getpid()}-*")]
     assert len(names) == 3
     assert len(set(names)) == 1
     del transport
     gc.collect()
     assert not (SHM_DIR / names[0]).exists()
+
+
+async def test_a_worker_that_stops_leaves_no_segment(monkeypatch):
+    transport = SharedMemoryTransport(CREDENTIAL)
+    listener = await transport.serve(Worker(), "127.0.0.1", 0)
+    await transport.pull(listener.endpoint, PULL, lambda chunk, kv: None)
+    assert list(SHM_DIR.glob(f"mobula-{os.getpid()}-*"))
+    await listener.close(0)
+    assert not list(SHM_DIR.glob(f"mobula-{os.getpid()}-*"))
 
 
 async def test_a_failed_pull_leaves_no_segment():
@@ -129,6 +138,7 @@ def test_what_one_end_writes_the_other_reads(segment):
     assert other.write(8, [memoryview(b"K"), memoryview(b"V")])
     other.close()
     assert segment.read(8, 2) == b"KV"
+    assert segment.read(8, 2).readonly
     assert (SHM_DIR / NAME).stat().st_mode & 0o777 == 0o600
 
 
@@ -159,11 +169,22 @@ def test_a_link_is_not_followed(tmp_path):
         (SHM_DIR / NAME).unlink()
 
 
-def test_sweep_removes_segments_of_the_dead_only(segment):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    left = f"mobula-{dead.pid}-{'1' * 32}"
-    shared_memory.create(left, 96).close()
-    assert shared_memory.sweep() >= 1
+KILLED = """
+import sys
+from transports import shared_memory
+assert shared_memory.create(sys.argv[1], 96) is not None
+print("made", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_goes_when_the_next_segment_is_made(segment):
+    left = f"mobula-{os.getpid()}-{'1' * 32}"  # Whatever process its number names by now.
+    with subprocess.Popen([sys.executable, "-c", KILLED, left], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout.readline() == b"made\n"
+        shared_memory.sweep()
+        assert (SHM_DIR / left).exists()
+        owner.kill()
+    shared_memory.create(f"mobula-{os.getpid()}-{'2' * 32}", 96).remove()
     assert not (SHM_DIR / left).exists()
     assert (SHM_DIR / NAME).exists()

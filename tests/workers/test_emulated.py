@@ -153,6 +153,11 @@ def test_tokens_depend_on_prompt_and_seed_and_on_nothing_else() -> None:
     assert generated(request(seed=1, temperature=0.0)) == generated(request(seed=2, temperature=0.0))
 
 
+def test_penalties_change_nothing_as_do_temperature_and_top_p() -> None:
+    plain = generated(request(seed=3))
+    assert generated(request(seed=3, presence_penalty=1.5, repetition_penalty=2.0, top_p=0.1, temperature=0.2)) == plain
+
+
 def test_text_is_the_token_number_without_a_tokenizer() -> None:
     engine, driver, told = started()
     engine.submit(Submission(request=request()))
@@ -171,6 +176,17 @@ def test_text_comes_from_the_tokenizer_and_special_tokens_never(tmp_path) -> Non
     words = {0: " one", 1: " two"}
     assert [token.text for token in told.tokens()] == [words[token_id] for token_id in told.ids()]  # type: ignore[index]
     assert set(told.ids()) == {0, 1}
+
+
+def test_every_id_of_the_tokenizer_is_taken(tmp_path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"Ġone": 0, "Ġtwo": 1, "Ġten": 9}, unk_token="Ġone"))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    engine, driver, told = started(vocabulary=2, tokenizer_path=str(tmp_path / "tokenizer.json"))
+    assert engine.limits.vocabulary == 10
+    engine.submit(Submission(request=request(prompt=(0, 9), max_tokens=100)))
+    driver.drain()
+    assert set(told.ids()) == {0, 1, 9}
 
 
 def test_stop_strings_and_stop_ids_end_a_request() -> None:
@@ -361,7 +377,6 @@ def test_reserving_without_room_gives_nothing() -> None:
         ({"prompt": ()}, "an empty prompt"),
         ({"prompt": (1000,)}, r"token id 1000 outside \[0, 1000\)"),
         ({"logprobs": 0}, "no log-probabilities"),
-        ({"presence_penalty": 1.0}, "no probabilities"),
         ({"temperature": 3.0}, "temperature 3.0 is outside"),
     ],
 )
@@ -419,6 +434,15 @@ def test_a_late_driver_counts_overruns_and_does_not_add_up_small_delays() -> Non
     assert engine.load().overrun_steps == 1
     late = [msgspec.structs.asdict(token)["index"] for token in told.tokens()]
     assert late == list(range(12))
+
+
+def test_an_engine_whose_books_break_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, driver, told = started()
+    monkeypatch.setattr(engine, "_plan", lambda *_: 1 / 0)
+    engine.submit(Submission(request=request()))
+    driver.drain()
+    assert [(token.finish, token.error, token.retry) for token in told.tokens()] == [("error", "the engine stopped", True)]
+    assert not engine.alive
 
 
 def test_one_thread_steps_many_engines() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.request import SamplingParams
-from workers.engines.torch_engine.sampling import SamplerState, draw, uniform
+from workers.engines.torch_engine.sampling import SamplerState, _keep_top_p, draw, uniform
 
 VOCABULARY = 12
 EOS = frozenset({0})
@@ -95,6 +95,21 @@ def test_top_p_draws_from_the_smallest_set_that_reaches_p(top_p):
         if total >= top_p:
             break
     assert support(sampled(top_p=top_p), draws=3000) == nucleus
+
+
+@given(
+    weights=st.lists(st.sampled_from([0.0, 1e-9, 0.01, 0.3, 0.3, 1.0, 5.0]), min_size=1, max_size=40).filter(any),
+    top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 2**-53]),
+)
+def test_top_p_keeps_what_sorting_all_would_keep(weights, top_p):
+    ordered, before, total = sorted(weights, reverse=True), 0.0, sum(weights)
+    for smallest in ordered:
+        before += smallest
+        if before >= top_p * total:
+            break
+    row = torch.tensor(weights, dtype=torch.float64)
+    _keep_top_p(row, top_p)
+    assert row.tolist() == pytest.approx([weight if weight >= smallest else 0.0 for weight in weights])
 
 
 def test_rows_with_and_without_top_p_and_top_k_share_a_batch():

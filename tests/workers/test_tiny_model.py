@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.errors import InvalidConfig
+from cluster.models import model_shape, shape_from_config
 from workers.engines.torch_engine import tiny_model
 
 
@@ -30,6 +31,11 @@ def test_a_checkpoint_loads_and_stays_finite_over_its_context(preset):
     ids = torch.tensor([tokenizer("The Queen of Hearts " * 2000)["input_ids"][: tiny_model.CONTEXT_TOKENS]])
     with torch.inference_mode():
         assert model(ids, use_cache=False, logits_to_keep=64).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("preset", tiny_model.PRESETS)
+def test_the_catalogue_has_the_shape_that_is_trained(preset):
+    assert shape_from_config(tiny_model.PRESETS[preset]().to_dict(), preset) == model_shape(preset)
 
 
 def test_the_tokenizer_gives_any_text_back_and_knows_a_chat():

@@ -4,6 +4,7 @@ import asyncio
 import urllib.request
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from cluster.fleet import ModelSpec, NodeSpec, Pace, ReplicaGroup, TransportSpec
@@ -234,6 +235,47 @@ async def test_stopping_ends_what_runs_with_a_word_to_retry(fleet):
     last = (await link.finished())[-1]
     assert (last.finish, last.retry) == ("error", True)
     await stopping
+
+
+async def test_metrics_count_a_request_whose_kv_is_on_its_way_as_waiting(fleet):
+    await fleet.worker("p", Role.PREFILL, pace=msgspec.structs.replace(SLOW, speedup=1e-3))
+    worker = await fleet.worker("d", Role.DECODE)
+    link = await fleet.link("decode-d-0")
+    link.submit("pulled", prefill=fleet.source("prefill-p-0"))
+    await link.next(Report, lambda report: report.loads[0].waiting == 1)
+    assert 'mobula_replica_waiting{replica="decode-d-0",role="decode"} 1.0' in await scrape(worker)
+    link.send(Abort(request_id="pulled", attempt=0))
+    await link.finished("pulled")
+    assert 'mobula_replica_waiting{replica="decode-d-0",role="decode"} 0.0' in await scrape(worker)
+
+
+async def test_one_worker_hosts_300_replicas_each_with_its_id_and_metrics(fleet):
+    worker = await fleet.worker("w", *[Role.MIXED] * 300)
+    names = [f"mixed-w-{i}" for i in range(300)]
+    assert fleet.registry.phases == dict.fromkeys(names, Phase.READY)
+    link = await fleet.link(names[0])
+    for i, name in enumerate(names):
+        link.submit(name, replica_id=name, tokens=1 + i % 4)
+    ended = 0
+    while ended < 300:
+        ended += sum(token.finish is not None for token in (await link.next(Tokens)).tokens)
+    metrics = await scrape(worker)
+    for i, name in enumerate(names):
+        assert f'mobula_replica_output_tokens_total{{replica="{name}",role="mixed"}} {1 + i % 4}.0' in metrics
+
+
+async def test_metrics_tell_what_a_finished_request_left_to_share(fleet):
+    worker = await fleet.worker("m", Role.MIXED)
+    link = await fleet.link("mixed-m-0")
+    link.submit()
+    await link.finished()
+    assert 'mobula_replica_kv_blocks_cached{replica="mixed-m-0",role="mixed"} 6.0' in await scrape(worker)
+
+
+async def test_a_replica_whose_engine_has_ended_is_no_longer_ready(fleet):
+    worker = await fleet.worker("w", Role.MIXED, Role.MIXED)
+    worker._replicas["mixed-w-0"].engine.stop()
+    assert [load.phase for load in (await worker.status()).loads] == [Phase.LOST, Phase.READY]
 
 
 async def test_block_events_are_numbered_and_a_resync_tells_all_again(fleet):

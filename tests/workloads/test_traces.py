@@ -1,7 +1,6 @@
 """Every trace format reads to the same rows, and a broken line is named."""
 
-import os
-from pathlib import Path
+import gzip
 
 import pytest
 from hypothesis import given
@@ -11,7 +10,6 @@ from cluster.errors import InvalidTrace
 from cluster.record import TraceRow, to_line
 from workloads.traces import open_trace
 
-DATA = Path(os.environ.get("MOBULA_DATA", "../shared/data"))
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n"
 BURSTGPT = (
     "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
@@ -64,8 +62,8 @@ TEXT = st.text(max_size=8)
 ROWS = st.builds(
     TraceRow,
     arrival_s=st.floats(0, 1e9),
-    prompt_tokens=st.integers(1, 2**31),
-    output_tokens=st.integers(0, 2**31),
+    prompt_tokens=st.integers(1, 2**20),
+    output_tokens=st.integers(0, 2**20),
     block_hashes=st.lists(st.integers(0, 2**64 - 1), max_size=4).map(tuple),
     block_tokens=st.integers(1, 4096),
     tenant=TEXT,
@@ -88,14 +86,17 @@ def test_own_format_round_trips(tmp_path_factory, rows):
         (AZURE + "2023-11-16 18:15:51.2224670,x,5", 4, "'x'", "ContextTokens as a whole number"),
         (AZURE + "2023-11-16 18:15:51.2224670,-1,5", 4, "'-1'", "ContextTokens as a whole number"),
         (AZURE + "yesterday,1,5", 4, "'yesterday'", "TIMESTAMP like"),
-        (AZURE + "2023-11-16 18:15:46.0,1,5", 4, "18:15:46.0", "not before the first row"),
+        (AZURE + "2023-11-16 18:15:46.0,1,5", 4, "18:15:46.0", "not before that of the row above it; it is 4.99517 s before"),
+        (AZURE + "2023-11-16 18:15:51.5,1048577,5", 4, "'1048577'", "ContextTokens as a whole number in [0, 1048576]"),
+        (AZURE + "2093-11-16 18:15:51.5,7,5", 4, "'2093-11-16 18:15:51.5'", "at most 1e+09 s after the first row's"),
         (BURSTGPT + "nan,,1,GPT-4,1,1,2,API log", 4, "'nan'", "Timestamp as seconds"),
         (MOONCAKE + '\n{"timestamp": 5000, "input_le', 3, "input_le", "whole JSON record"),
         (MOONCAKE + '\n{"timestamp": 5000, "input_length": -7, "output_length": 1, "hash_ids": []}', 3, "-7", "input_length"),
         (to_line(row(0.0, 5, 5)) + to_line(row(1.0, 5, 5))[:-9], 2, "arrival_s", "whole JSON record"),
         (to_line(row(0.0, 5, 5)).replace(b'"schema":1', b'"schema":9'), 1, "schema", "schema"),
-        (b"\x00\xff\xfe", 1, "\\x00", "a header with TIMESTAMP"),
-        ("", 1, "''", "a header with TIMESTAMP"),
+        (to_line(row(0.0, 5, 2**40)), 1, "'1099511627776'", "output_tokens of at most 1048576"),
+        (to_line(row(1e300, 5, 5)), 1, "'1e+300'", "arrival_s of at most 1e+09"),
+        (b"\x00\xff\xfe", 1, "no text in UTF-8", "a header with TIMESTAMP"),
         ('{"a": 1}', 1, "a", "hash_ids (Mooncake)"),
     ],
 )
@@ -115,6 +116,16 @@ def test_a_line_without_end_does_not_fill_the_memory(written, monkeypatch):
         open_trace(written(b"x" * 1000))
 
 
+@pytest.mark.parametrize(("content", "words"), [("\n\n", "is empty"), (gzip.compress(AZURE.encode()), "is compressed by gzip")])
+def test_a_file_that_is_no_trace_at_all_is_named(written, content, words):
+    with pytest.raises(InvalidTrace, match=f"trace: {words}"):
+        open_trace(written(content))
+
+
+def test_ends_of_lines_and_byte_order_marks_of_other_systems_are_read(written):
+    assert list(open_trace(written("\ufeff" + AZURE.replace("\n", "\r\n")))) == list(open_trace(written(AZURE)))
+
+
 def test_a_missing_file_is_an_invalid_trace(tmp_path):
     with pytest.raises(InvalidTrace, match="No such file"):
         open_trace(tmp_path / "none.csv")
@@ -127,9 +138,7 @@ def test_a_missing_file_is_an_invalid_trace(tmp_path):
         ("mooncake_fast25/conversation_trace.jsonl", 12031, 3536.999),
     ],
 )
-def test_published_traces_read_whole(file, count, last_s):
-    if not (DATA / file).exists():
-        pytest.skip(f"{DATA / file} is not here; set MOBULA_DATA")
-    rows = list(open_trace(DATA / file))
+def test_published_traces_read_whole(data_dir, file, count, last_s):
+    rows = list(open_trace(data_dir / file))
     assert len(rows) == count
     assert rows[-1].arrival_s == pytest.approx(last_s, abs=0.01)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from cluster.errors import InvalidModel
 from cluster.request import SamplingParams
+from cluster.token_bytes import from_byte_fallback, from_byte_level
 
 MAX_TOKENIZERS = 8  # Token tables kept: one a model in this process, with room; a table of 150,000 tokens takes about 20 MB.
 
@@ -146,6 +147,7 @@ class StopStrings:
 class TokenTable:
     """Every token's bytes, made once for a tokenizer.
 
+    size: one above the largest token id.
     shown: by token id. Special tokens are not in it, nor are the ids with which models pad their vocabulary.
     strip: the space that the decoder takes off the front of a text, or "".
     """
@@ -154,18 +156,18 @@ class TokenTable:
         decoders = _decoders(tokenizer)
         kinds = [decoder["type"] for decoder in decoders]
         if "ByteLevel" in kinds:
-            to_bytes = _from_byte_level
+            to_bytes = from_byte_level
         elif "ByteFallback" in kinds:
             replaced = [(each["pattern"]["String"], each["content"]) for each in decoders if each["type"] == "Replace"]
-            to_bytes = partial(_from_byte_fallback, replaced=replaced)
+            to_bytes = partial(from_byte_fallback, replaced=replaced)
         else:
             raise InvalidModel(f"tokenizer decoder {'+'.join(kinds) or 'none'} is neither ByteLevel nor ByteFallback")
         self._special = {
             token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
-        self.shown = {
-            token_id: to_bytes(token) for token, token_id in tokenizer.get_vocab().items() if token_id not in self._special
-        }
+        vocabulary = tokenizer.get_vocab()
+        self.size = 1 + max(vocabulary.values(), default=-1)
+        self.shown = {token_id: to_bytes(token) for token, token_id in vocabulary.items() if token_id not in self._special}
         self.strip = next((each["content"] for each in decoders if each["type"] == "Strip" and each["start"]), "")
 
     def text(self, token_id: int) -> str:
@@ -183,33 +185,3 @@ def _decoders(tokenizer: Tokenizer) -> list[dict[str, Any]]:
         return []
     decoder = json.loads(tokenizer.decoder.__getstate__())
     return decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-
-
-def _from_byte_level(token: str) -> bytes:
-    """GPT-2 writes each byte as a printable character. A token with any other character is an added one and stands for itself."""
-    try:
-        return bytes(_BYTE_OF[character] for character in token)
-    except KeyError:
-        return token.encode()
-
-
-def _from_byte_fallback(token: str, replaced: Sequence[tuple[str, str]]) -> bytes:
-    """SentencePiece's way: tokens are text with a sign for the space, and `<0x0A>` is one byte.
-
-    Bytes that are no UTF-8 show as U+FFFD as soon as that is sure; `tokenizers` shows the whole run of byte tokens so.
-    """
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes((int(token[3:5], 16),))
-    for sign, text in replaced:
-        token = token.replace(sign, text)
-    return token.encode()
-
-
-def _byte_characters() -> dict[str, int]:
-    """Printable Latin-1 stands for itself, the other bytes for the characters from U+0100 on, in order."""
-    itself = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in set(itself)]
-    return {chr(byte): byte for byte in itself} | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_characters()

@@ -2,8 +2,9 @@
 
 What it generates is no language: tokens are a function of prompt, seed and position, the same on every replica, so that a
 stream resumed elsewhere goes on token for token. They come from the whole vocabulary but special tokens, so a request runs to
-`max_tokens` unless its own stop strings or stop token ids end it. Sampling parameters but the seed change nothing. KV that it
-sends has the right shape and size, and zeros inside.
+`max_tokens` unless its own stop strings or stop token ids end it. Sampling parameters but the seed change nothing, penalties
+among them; log-probabilities, which a client would read, are refused. KV that it sends has the right shape and size, and zeros
+inside.
 
 Batching is that of the torch engine: every decoding request first, then prompts in chunks, within a budget of tokens a step
 (Sarathi-Serve, OSDI'24); without a free block the newest request of the lowest priority goes back to be computed again.
@@ -11,6 +12,7 @@ Batching is that of the torch engine: every decoding request first, then prompts
 
 from __future__ import annotations
 
+import logging
 import threading
 from bisect import insort
 from collections.abc import Callable
@@ -28,6 +30,8 @@ from workers.engines.engine import EngineCapabilities, EngineLimits, EngineLoad,
 from workers.engines.step_driver import Driver
 from workers.engines.torch_engine.block_pool import BlockPool
 
+log = logging.getLogger(__name__)
+
 MAX_WAITING = 1024  # Far beyond what a gateway queues for one replica; a guard against a caller that does not look.
 SMOOTHING = 1 / 16  # Weight of the newest step in the mean step time.
 
@@ -35,7 +39,7 @@ SMOOTHING = 1 / 16  # Weight of the newest step in the mean step time.
 class EmulatedEngine:
     """Implements `workers.engines.engine.Engine`. Runs on `driver`, which many engines share.
 
-    tokenizer_path: a tokenizer.json. Without one token 17 reads " 17".
+    tokenizer_path: a tokenizer.json; its ids are taken even where they are above `vocabulary`. Without one token 17 reads " 17".
     layout: without one it neither exports nor imports KV.
     """
 
@@ -63,20 +67,19 @@ class EmulatedEngine:
             live_export=layout is not None,
             block_events=True,
             logprobs=False,
-            penalties=False,
         )
+        self._vocabulary = Vocabulary(vocabulary, tokenizer_path)
         self.limits = EngineLimits(
             context_tokens=context_tokens,
             kv_blocks=kv_blocks,
             block_tokens=block_tokens,
             max_running=max_running,
             step_budget_tokens=step_budget_tokens,
-            vocabulary=vocabulary,
+            vocabulary=self._vocabulary.size,
         )
         self.model = model
         dtype = layout.dtype if layout else "float32"
         self._namespace = KvNamespace(model=model, revision=revision, dtype=dtype, block_tokens=block_tokens)
-        self._vocabulary = Vocabulary(vocabulary, tokenizer_path)
         self._driver = driver
         self._lock = threading.Lock()
         self._pool = BlockPool(kv_blocks, block_tokens)
@@ -95,6 +98,10 @@ class EmulatedEngine:
         self._sink: Sink = _nobody
         self._step_s = 0.0
         self._steps = self._overruns = self._prompt_tokens = self._cached_tokens = self._output_tokens = self._preemptions = 0
+
+    @property
+    def alive(self) -> bool:
+        return not self._stopped
 
     # ── what callers ask, from any thread ──
 
@@ -183,6 +190,14 @@ class EmulatedEngine:
     # ── steps, on the driver's thread ──
 
     def _turn(self) -> None:
+        try:
+            self._next_step()
+        except Exception:
+            # The books of blocks and requests may be wrong now: end, and let the requests be served elsewhere.
+            log.exception("the emulated engine of %s ends", self.model)
+            self.stop()
+
+    def _next_step(self) -> None:
         """The step under way is over: say what it made, and begin the next."""
         with self._lock:
             if self._stopped:
@@ -196,6 +211,7 @@ class EmulatedEngine:
                     start_s = step.end_s
                 elif step.lasting_s > 0.0:
                     self._overruns += 1
+            self._end_late(now_s)
             self._step = step = self._plan(start_s)
             self._awake = step is not None
         self._flush()
@@ -225,6 +241,11 @@ class EmulatedEngine:
         )
         lasting_s = self.performance.step_time_s(*features)
         return _Step(decodes, chunks, lasting_s, now_s + lasting_s, self.performance.power_w(*features))
+
+    def _end_late(self, now_s: float) -> None:
+        for sequence in [each for each in (*self._prefilling, *self._waiting) if each.late(now_s)]:
+            late_s = now_s - sequence.due_s
+            self._fail(sequence, f"request {sequence.key[0]} is {late_s:.1f} s past its deadline", retry=False)
 
     def _room(self) -> bool:
         return len(self._decoding) + len(self._prefilling) + self._reserved < self._places
@@ -358,7 +379,11 @@ class EmulatedEngine:
         for call in later:
             call()
         if said or events:
-            self._sink(StepOutput(tokens=said, kv_events=events))
+            try:
+                self._sink(StepOutput(tokens=said, kv_events=events))
+            except Exception:
+                # The next step is due all the same.
+                log.exception("the sink refused %d tokens", len(said))
 
     # ── requests on their way in ──
 
@@ -405,8 +430,6 @@ class EmulatedEngine:
             )
         if sampling.logprobs is not None:
             raise InvalidRequest(f"{self.model} is emulated: it has no log-probabilities", param="logprobs")
-        if sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0:
-            raise InvalidRequest(f"{self.model} is emulated: it has no probabilities to penalise", param="presence_penalty")
 
     def _enqueue(self, sequence: Sequence) -> None:
         with self._lock:

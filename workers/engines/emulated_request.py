@@ -15,7 +15,7 @@ from cluster.kv import KvNamespace, block_hashes, next_block_hash
 from cluster.request import Request
 from workers.engines.detokenizer import MAX_TOKENIZERS, Detokenizer, token_table
 from workers.engines.emulated_kv import Sender
-from workers.engines.engine import Submission
+from workers.engines.engine import Submission, due_s
 
 DRAWN_AHEAD = 64  # Tokens drawn at once: one call of numpy instead of 64.
 
@@ -27,9 +27,9 @@ class Vocabulary:
     """
 
     def __init__(self, size: int, tokenizer_path: str | None) -> None:
-        self.size = size
         self.tokenizer = _tokenizer(tokenizer_path) if tokenizer_path else _numbers(size)
-        self.drawable = _drawable(self.tokenizer, size)
+        self.size = max(size, token_table(self.tokenizer).size)
+        self.drawable = _drawable(self.tokenizer)
 
 
 class Sequence:
@@ -56,6 +56,7 @@ class Sequence:
         """Where its KV goes, if it is decoded elsewhere."""
         self.detokenizer = Detokenizer(vocabulary.tokenizer, request.sampling, frozenset(), submission.generated)
         self.queued_s = now_s
+        self.due_s = due_s(request, submission.generated, now_s)
         self.started_s: float | None = None
         self.cached_tokens: int | None = None
         self.first_said = False
@@ -101,6 +102,10 @@ class Sequence:
             stop_reason=stop_reason,
         )
 
+    def late(self, now_s: float) -> bool:
+        """It has generated nothing, and nobody wants its first token any more."""
+        return self.due_s <= now_s and len(self.tokens) == self.prompt_tokens
+
     def ended(self, finish: str, *, error: str | None, retry: bool) -> Token:
         """The word that it ends without another token."""
         request_id, attempt = self.key
@@ -145,9 +150,9 @@ def _draw(key: int, first: int, ids: np.ndarray) -> list[int]:
 
 
 @lru_cache(maxsize=MAX_TOKENIZERS)
-def _drawable(tokenizer: Tokenizer, vocabulary: int) -> np.ndarray:
+def _drawable(tokenizer: Tokenizer) -> np.ndarray:
     """Ids that may be generated: all but special ones, which could end a text."""
-    return np.array(sorted(token_id for token_id in token_table(tokenizer).shown if token_id < vocabulary), dtype=np.int64)
+    return np.array(sorted(token_table(tokenizer).shown), dtype=np.int64)
 
 
 @lru_cache(maxsize=MAX_TOKENIZERS)

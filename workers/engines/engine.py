@@ -5,13 +5,15 @@ from its own thread: one `StepOutput` a step for all requests of that step. A re
 carries `finish`, also after `abort`.
 
 Two ways of handing KV over fit the same calls. An engine with `kv_blocks` reads and writes its KV through `KvExport` and
-`KvImport` below. One that moves KV by itself (vLLM's connectors) instead answers a `prefill_only` request with `transfer_params`
-and takes them with the request that decodes.
+`KvImport` below. One that moves KV by itself (vLLM's connectors) ends a `prefill` with `KvExport.finish` alone, its state
+carrying `transfer_params`, and takes them with the submission that decodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -29,12 +31,11 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks: bool
     """Exports and imports KV through KvExport and KvImport."""
     transfer_params: bool
-    """Moves KV by itself, told by parameters."""
+    """Moves KV by itself, told by the parameters that come with a finished prefill."""
     live_export: bool
     """Can hand over a request that is decoding."""
     block_events: bool
     logprobs: bool
-    penalties: bool
 
 
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +88,16 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
 Sink = Callable[[StepOutput], None]
 
 
+def due_s(request: Request, generated: Sequence[int], now_s: float) -> float:
+    """When, on the clock that shows `now_s`, nobody wants the request's first token any more; inf where somebody always does.
+
+    An engine ends a request then, if it has not generated anything yet.
+    """
+    if request.deadline_s is None or generated:
+        return math.inf
+    return now_s + request.deadline_s - time.time()
+
+
 class KvExport(Protocol):
     """Takes one request's KV while its prompt is computed. Called from the engine's thread; must not block for long."""
 
@@ -127,6 +138,10 @@ class Engine(Protocol):
     performance: PerformanceModel
     """As paced, or as measured by `warm`."""
 
+    @property
+    def alive(self) -> bool:
+        """False once it has ended, by `stop` or by a fault of its own: it serves nothing any more."""
+
     def start(self, sink: Sink) -> None:
         """Load weights, reserve the pool, start stepping. Raises InvalidModel or InvalidConfig, leaving nothing behind."""
 
@@ -148,7 +163,8 @@ class Engine(Protocol):
     def export_running(self, request_id: str, attempt: int, export: KvExport) -> None:
         """Take a decoding request out, whole: its KV and state go to `export`, and it emits nothing more here.
 
-        An unknown request fails the export.
+        One that is unknown, or is not decoding (it waits, its prompt is being computed, it was put back for want of blocks),
+        fails the export and goes on as if nothing had been asked: it has no KV worth moving.
         """
 
     def abort(self, request_id: str, attempt: int | None = None) -> None:

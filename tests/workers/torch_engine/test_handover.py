@@ -171,6 +171,19 @@ def test_kv_that_does_not_fit_is_refused(stepped):
     assert engine.engine.load().kv_blocks_used == 0
 
 
+def test_what_others_left_in_a_reserved_block_changes_nothing(stepped):
+    asked, beside = request(prompt(39), 20), request(prompt(75, seed=1), 20)
+    source, target, carrier = stepped(), stepped(kv_blocks=16), Carrier()
+    source.engine.prefill(Submission(request=asked), 0, carrier)
+    source.drain()
+    for layer in target.engine._kv.layers:
+        layer[:-1] = np.nan
+    hand_over(carrier, target, Submission(request=asked))
+    target.submit(beside)
+    target.drain()
+    assert [target.ids(asked.request_id), target.ids(beside.request_id)] == stepped().generate(asked, beside)
+
+
 def test_no_room_to_reserve_is_no_error(stepped):
     engine = stepped(kv_blocks=4, max_running=2)
     place = engine.engine.reserve(Submission(request=request(prompt(40), 4)))

@@ -73,8 +73,8 @@ def test_ten_thousand_requests_leak_no_block_file_thread_or_memory(llama: Path) 
         gc.collect()
         load = engine.load()
         assert (load.running, load.waiting, load.kv_blocks_used) == (0, 0, 0)
-        assert len(os.listdir("/proc/self/fd")) == files
-        assert threading.active_count() == threads
+        assert len(os.listdir("/proc/self/fd")) <= files  # Others may close what they had open.
+        assert threading.active_count() <= threads
         assert process.memory_info().rss - rss < MAX_GROWTH_BYTES
     finally:
         engine.stop()

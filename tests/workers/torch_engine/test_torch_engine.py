@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import queue
+
 import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cluster.errors import InvalidRequest, Overloaded
+from cluster.errors import InvalidRequest, Overloaded, Unreachable
 from cluster.kv import KvRemoved, KvStored
 from tests.workers.torch_engine.tiny import prompt, request
 from workers.engines.engine import Submission
 from workers.engines.torch_engine import engine as engine_module
+from workers.engines.torch_engine.engine import TorchEngine
 
 
 def reference(path, prompt_ids: list[int], max_tokens: int) -> list[int]:
@@ -178,6 +181,75 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(stepped, m
     after = request(prompt(20), 4)
     assert engine.generate(after) == stepped().generate(after)
     assert engine.engine.load().kv_blocks_used == 0
+
+
+def test_a_request_that_breaks_a_step_breaks_no_neighbour(stepped, monkeypatch):
+    engine, poison = stepped(), 293
+    logits = engine.engine._logits
+
+    def breaking(ids, *rest):
+        if poison in ids:
+            raise MemoryError("too much")
+        return logits(ids, *rest)
+
+    monkeypatch.setattr(engine.engine, "_logits", breaking)
+    decoding, beside, broken = request(prompt(20), 12), request(prompt(30, seed=1), 12), request([1, poison, 2], 12)
+    engine.submit(decoding)
+    engine.engine.step()
+    engine.submit(broken, beside)
+    engine.drain()
+    [token] = engine.of(broken.request_id)
+    assert (token.finish, token.retry) == ("error", True)
+    assert "too much" in token.error
+    assert [engine.ids(decoding.request_id), engine.ids(beside.request_id)] == stepped().generate(decoding, beside)
+    assert engine.engine.load().kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_end_their_own_request(temperature, stepped, monkeypatch):
+    engine = stepped()
+    broken, beside = request(prompt(20), 8, temperature=temperature), request(prompt(30), 8)
+    logits = engine.engine._logits
+
+    def poisoned(ids, *rest):
+        computed = logits(ids, *rest)
+        computed[0] = torch.nan
+        return computed
+
+    engine.submit(broken)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.engine, "_logits", poisoned)
+        engine.submit(beside)
+        engine.engine.step()
+    engine.drain()
+    [token] = engine.of(broken.request_id)
+    assert (token.finish, token.retry) == ("error", False)
+    assert "no finite logits for token 0" in token.error
+    assert [engine.ids(beside.request_id)] == stepped().generate(beside)
+    assert engine.engine.load().kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("left", [torch.nan, torch.inf])
+def test_what_others_left_in_a_block_changes_nothing(left, stepped):
+    requests = [request(prompt(length, seed=length), 40) for length in (7, 20, 37)]
+    engine = stepped(kv_blocks=24)
+    for layer in engine.engine._kv.layers:
+        layer[:-1] = left
+    assert engine.generate(*requests) == stepped().generate(*requests)
+
+
+def test_an_engine_whose_books_break_ends_and_says_so(llama):
+    heard: queue.Queue = queue.Queue()
+    engine = TorchEngine(path=str(llama), model="tiny", kv_blocks=16)
+    engine.start(heard.put)
+    assert engine.alive
+    engine._scheduler.plan = lambda *_: 1 / 0
+    engine.submit(Submission(request=request(prompt(20), 4)))
+    [token] = heard.get(timeout=30).tokens
+    assert (token.finish, token.error, token.retry) == ("error", "the engine stopped", True)
+    assert not engine.alive
+    with pytest.raises(Unreachable):
+        engine.submit(Submission(request=request(prompt(20), 4)))
 
 
 def test_warming_measures_a_performance_with_no_negative_part(stepped):

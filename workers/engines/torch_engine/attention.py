@@ -67,6 +67,7 @@ class StepAttention:
         """Called with each layer's index as soon as its keys and values are written."""
         self.positions = np.concatenate([np.arange(span.start, span.end) for span in spans])
         self._written = self._token_rows(spans)
+        self._begun = self._begun_blocks(spans)
         singles = next((i for i, span in enumerate(spans) if span.count > 1), len(spans))
         self._groups = [self._group(first, spans[first:end]) for first, end in _split(spans[:singles])]
         self._chunks, row = [], singles
@@ -76,6 +77,8 @@ class StepAttention:
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """key, value: [1, kv_heads, tokens, head_dim]."""
+        if self._begun is not None:
+            self.kv.layers[layer].index_fill_(0, self._begun, 0.0)
         source = torch.cat((key, value)).view(-1, self.kv.layout.head_dim)
         self.kv.token_rows[layer].index_copy_(0, self._written, source)
         if self.on_layer is not None:
@@ -127,6 +130,13 @@ class StepAttention:
         first = blocks * (2 * layout.kv_heads * size) + self.positions % size
         rows = np.arange(2 * layout.kv_heads)[:, None] * size + first[None, :]
         return self._tensor(rows.reshape(-1))
+
+    def _begun_blocks(self, spans: Sequence[Span]) -> torch.Tensor | None:
+        """Blocks that the step begins and does not fill. The rest of one is masked, but what a former holder left there may
+        be NaN or infinite, and that survives a mask: it is blanked."""
+        size = self.kv.layout.block_tokens
+        begun = [span.table[span.end // size] for span in spans if span.end % size and span.start <= span.end // size * size]
+        return self._tensor(np.array(begun)) if begun else None
 
     def _block_rows(self, tables: np.ndarray) -> torch.Tensor:
         """Rows of KvTensors.block_rows for [2, sequences, kv_heads, blocks], of block tables [sequences, blocks]."""

@@ -49,9 +49,7 @@ WARM_ROUNDS = 3
 class TorchEngine:
     """`Engine` over a `transformers` checkpoint directory. Limits and layout are known after `start`."""
 
-    capabilities = EngineCapabilities(
-        kv_blocks=True, transfer_params=False, live_export=True, block_events=True, logprobs=True, penalties=True
-    )
+    capabilities = EngineCapabilities(kv_blocks=True, transfer_params=False, live_export=True, block_events=True, logprobs=True)
     limits: EngineLimits
     layout: KvLayout | None = None
 
@@ -154,6 +152,10 @@ class TorchEngine:
             self._fail_everything()
         self._model = self._kv = None
 
+    @property
+    def alive(self) -> bool:
+        return not self._stopped.is_set()
+
     # Calls, from any thread.
 
     def submit(self, submission: Submission) -> None:
@@ -233,9 +235,12 @@ class TorchEngine:
                 commands, self._commands = self._commands, []
                 for command in commands:
                     command()
+                self._end_late(began_s)
                 works = self._scheduler.plan(began_s)
             if works:
                 self._compute(works, began_s)
+            elif self._pacer is not None:
+                self._pacer.rest()
             return self._tell() or bool(works)
 
     def _compute(self, works: list[Work], began_s: float) -> None:
@@ -245,9 +250,13 @@ class TorchEngine:
             drawn = self._forward(works, spans)
         except Exception as error:
             log.exception("a step of %d sequences failed", len(works))
-            with self._lock:
+            if len(works) > 1:
+                # Whose fault it was fails alone; what the others have written is written again.
                 for work in works:
-                    self._fail(work.sequence, f"the engine's step failed: {error!r}")
+                    self._compute([work], began_s)
+                return
+            with self._lock:
+                self._fail(works[0].sequence, f"the engine's step failed: {error!r}")
             return
         if self._pacer is not None:
             self._pacer.hold(shape, began_s, self._stopped)
@@ -259,7 +268,7 @@ class TorchEngine:
             self._power_w = self.performance.power_w(*shape)
             self._settle(works, drawn, now_s)
 
-    def _forward(self, works: list[Work], spans: list[Span]) -> list[Drawn]:
+    def _forward(self, works: list[Work], spans: list[Span]) -> list[Drawn | None]:
         """Tokens for the works that reach the end of their sequence, in order."""
         ids: list[int] = []
         for work in works:
@@ -292,16 +301,21 @@ class TorchEngine:
         )
         return output.logits[0].float()
 
-    def _settle(self, works: list[Work], drawn: list[Drawn], now_s: float) -> None:
+    def _settle(self, works: list[Work], drawn: list[Drawn | None], now_s: float) -> None:
         tokens = iter(drawn)
         for work in works:
             sequence = work.sequence
             ending = work.count == sequence.missing
+            token = next(tokens) if ending else None
+            if ending and token is None:
+                place = f"token {len(sequence.generated)} of request {sequence.request.request_id}"
+                self._fail(sequence, f"{self._namespace.model} computes no finite logits for {place}", retry=False)
+                continue
             self._scheduler.computed(work)
             if sequence.export is not None:
                 sequence.export.sent_until(sequence.computed)
-            if ending:
-                self._take(sequence, sequence.append(next(tokens), now_s))
+            if token is not None:
+                self._take(sequence, sequence.append(token, now_s))
             elif sequence.export is not None and sequence.export.failure is not None:
                 self._fail(sequence, sequence.export.failure)
 
@@ -337,6 +351,9 @@ class TorchEngine:
                 if not self.step():
                     with self._lock:
                         self._changed.wait_for(lambda: self._anything_new)
+        except Exception:
+            # The books of blocks and requests may be wrong now: end, and let the requests be served elsewhere.
+            log.exception("the engine of %s ends", self._namespace.model)
         finally:
             self._stopped.set()
             self._fail_everything()
@@ -381,6 +398,11 @@ class TorchEngine:
         for key, sequence in list(self._sequences.items()):
             if key[0] == request_id and attempt in (None, key[1]):
                 self._fail(sequence, "aborted", finish="abort", retry=False)
+
+    def _end_late(self, now_s: float) -> None:
+        for sequence in [each for each in (*self._scheduler.running, *self._scheduler.waiting) if each.late(now_s)]:
+            late_s = now_s - sequence.due_s
+            self._fail(sequence, f"request {sequence.request.request_id} is {late_s:.1f} s past its deadline", retry=False)
 
     def _hand_over_running(self, request_id: str, attempt: int, export: PromptExport) -> None:
         sequence = self._sequences.get((request_id, attempt))
@@ -479,6 +501,8 @@ class TorchEngine:
             self._register(sequence)
             sequence.take(blocks)
             sequence.shared_blocks = found
+            if filled := state.kv_tokens % self._pool.block_tokens:
+                self._kv.blank(blocks[state.kv_tokens // self._pool.block_tokens], filled)
             self._scheduler.reserved -= 1
             self._scheduler.adopt(sequence)
             self._scheduler.computed(Work(sequence, state.kv_tokens))

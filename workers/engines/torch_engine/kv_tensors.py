@@ -62,6 +62,11 @@ class KvTensors:
         # Advanced indices on both sides of the kept dimensions put tokens first: [n, 2, kv_heads, head_dim].
         self.layers[layer][blocks, :, :, offsets] = source.to(self.device).permute(1, 0, 2, 3)
 
+    def blank(self, block: int, first_offset: int) -> None:
+        """Zero what a former holder left in a block from an offset on: attention masks it, and NaN survives a mask."""
+        for layer in self.layers:
+            layer[block, :, :, first_offset:] = 0.0
+
     def wire_dtype(self) -> np.dtype:
         """The numpy type of `read` and `write`."""
         return np.dtype(np.uint16 if self.dtype == torch.bfloat16 else self.layout.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -36,21 +37,29 @@ def shape_of(spans: Iterable[Span]) -> StepShape:
 
 
 class Pacer:
-    """Holds each step back until its emulated time is over, and counts those that were slower by themselves."""
+    """Holds each step back until its emulated time is over, and counts those that were slower by themselves.
+
+    Steps in a row last from one's end to the next one's: what the engine does between them is part of the second.
+    """
 
     def __init__(self, pace: PerformanceModel) -> None:
         self.overruns = 0
         self._pace = pace
+        self._ended_s = math.inf
 
     def hold(self, shape: StepShape, began_s: float, stopped: threading.Event) -> None:
-        """Wait out a step that began at `began_s` of the monotonic clock."""
-        emulated_s = self._pace.step_time_s(*shape)
+        """Wait out a step that began at `began_s` of the monotonic clock, or when the one before it ended."""
+        until_s = min(began_s, self._ended_s) + self._pace.step_time_s(*shape)
         now_s = time.monotonic()
-        until_s = began_s + emulated_s
         if now_s > until_s:
             self.overruns += 1
         else:
             stopped.wait(until_s - now_s)
+        self._ended_s = max(now_s, until_s)
+
+    def rest(self) -> None:
+        """There is nothing to compute: the next step begins when it begins."""
+        self._ended_s = math.inf
 
 
 def fitted(measured: Sequence[tuple[StepShape, float]]) -> PerformanceModel:

@@ -13,6 +13,8 @@ import torch
 
 from cluster.request import SamplingParams
 
+PIECE_LOGITS = 2**17  # One MiB of float64.
+
 _WORD = 2**64 - 1
 
 
@@ -32,7 +34,6 @@ class SamplerState:
     ) -> None:
         self.params = params
         self.position = len(generated)
-        self.plain = params.greedy and params.logprobs is None
         self._counts = self._seen = self._ends = None
         if params.presence_penalty or params.frequency_penalty:
             self._counts = torch.bincount(torch.tensor(generated, dtype=torch.int64), minlength=vocabulary).float()
@@ -73,24 +74,31 @@ class SamplerState:
             row[self._ends.to(row.device)] = -torch.inf
 
 
-def draw(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Drawn]:
-    """One token a row. logits: float32 [rows, vocabulary], left as they are. The states are not advanced."""
+def draw(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Drawn | None]:
+    """One token a row, None where the row's largest logit is no finite number.
+
+    logits: float32 [rows, vocabulary], left as they are. The states are not advanced.
+    """
     adjusted = logits
     if any(state.adjusts for state in states):
         adjusted = logits.clone()
         for row, state in zip(adjusted, states, strict=True):
             if state.adjusts:
                 state.adjust(row)
-    chosen = adjusted.argmax(dim=-1).tolist()
-    if all(state.plain for state in states):
-        return [Drawn(token_id, None, ()) for token_id in chosen]
-
-    sampled = [index for index, state in enumerate(states) if not state.params.greedy]
-    if sampled:
-        drawn = _sample(adjusted[sampled].double(), [states[index] for index in sampled])
-        for index, token_id in zip(sampled, drawn, strict=True):
+    largest, likeliest = adjusted.max(dim=-1)  # NaN is larger than any number.
+    finite, chosen = largest.isfinite().tolist(), likeliest.tolist()
+    sampled = [index for index, state in enumerate(states) if finite[index] and not state.params.greedy]
+    for rows in _pieces(sampled, logits.shape[-1]):
+        for index, token_id in zip(rows, _sample(adjusted[rows], [states[index] for index in rows]), strict=True):
             chosen[index] = token_id
-    return _with_logprobs(logits, states, chosen)
+    drawn = _with_logprobs(logits, states, chosen)
+    return [each if sound else None for each, sound in zip(drawn, finite, strict=True)]
+
+
+def _pieces(rows: list[int], vocabulary: int) -> list[list[int]]:
+    """Rows in pieces whose temporaries stay in a core's cache."""
+    size = max(1, PIECE_LOGITS // vocabulary)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -110,7 +118,7 @@ def _mix(value: int) -> int:
 
 
 def _sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[int]:
-    """Invert each row's CDF at its uniform number. logits: float64 [rows, vocabulary].
+    """Invert each row's CDF at its uniform number.
 
     The CDF runs in the order of token ids, not of probabilities: there, noise in the logits moves every bound a little, while in
     sorted order it would swap near-equal tokens and with them the outcome.
@@ -121,12 +129,13 @@ def _sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[int]:
         return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(1)
 
     # The maximum goes first, so that the smallest temperature overflows to -inf and not to NaN.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / column([each.temperature for each in params])
+    scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / column([each.temperature for each in params])
     if any(each.top_k for each in params):
         scaled = _keep_top_k(scaled, [each.top_k for each in params])
-    weights = scaled.softmax(dim=-1)
-    if any(each.top_p < 1.0 for each in params):
-        weights = _keep_top_p(weights, column([each.top_p for each in params]))
+    weights = scaled.exp_()
+    for row, each in zip(weights, params, strict=True):
+        if each.top_p < 1.0:
+            _keep_top_p(row, each.top_p)
     cdf = weights.cumsum(dim=-1)
     target = column([uniform(each.seed, state.position) for each, state in zip(params, states, strict=True)]) * cdf[:, -1:]
     return torch.searchsorted(cdf, target, right=True).squeeze(1).tolist()
@@ -141,13 +150,17 @@ def _keep_top_k(scaled: torch.Tensor, top_k: list[int | None]) -> torch.Tensor:
     return scaled.masked_fill(scaled < torch.stack(floors).unsqueeze(1), -torch.inf)
 
 
-def _keep_top_p(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Zero all outside the smallest set of largest probabilities that reaches top_p; equals of the smallest kept stay."""
-    ordered = weights.sort(dim=-1, descending=True).values
-    before = ordered.cumsum(dim=-1) - ordered
-    kept = (before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
-    floor = ordered.gather(-1, kept - 1)
-    return weights.masked_fill((weights < floor) & (top_p < 1.0), 0.0)
+def _keep_top_p(weights: torch.Tensor, top_p: float) -> None:
+    """Zero, in place, all of a row outside the smallest set of largest weights that holds the share top_p of their sum.
+
+    Equals of the smallest kept stay.
+    """
+    total = weights.sum()
+    # Only these need sorting: all the smaller ones together are less than the share that is left out.
+    candidates = weights[weights >= total * ((1.0 - top_p) / len(weights))].sort(descending=True).values
+    before = candidates.cumsum(dim=0) - candidates
+    kept = (before < top_p * total).sum().clamp(min=1)
+    weights.masked_fill_(weights < candidates[kept - 1], 0.0)
 
 
 def _with_logprobs(logits: torch.Tensor, states: Sequence[SamplerState], chosen: list[int]) -> list[Drawn]:

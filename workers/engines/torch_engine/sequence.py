@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from cluster.handoff import Token, TopLogprob
-from cluster.kv import KvNamespace, block_hashes, blocks_for
+from cluster.kv import KvNamespace, block_hashes, blocks_for, next_block_hash
 from cluster.request import Request
 from workers.engines.detokenizer import Detokenizer
+from workers.engines.engine import due_s
 from workers.engines.torch_engine.attention import Span
 from workers.engines.torch_engine.handover import PromptExport
 from workers.engines.torch_engine.sampling import Drawn, SamplerState
@@ -49,6 +50,7 @@ class Sequence:
         """Prompt tokens found in the prefix cache at first admission."""
         self.first_index = len(generated)
         self.queued_s = now_s
+        self.due_s = due_s(request, generated, now_s)
         self.started_s: float | None = None
         self.preempted = False
         self._namespace = namespace
@@ -78,11 +80,19 @@ class Sequence:
         """It has generated something, and has the KV of all but its last token."""
         return self.missing == 1 and len(self.tokens) > len(self.request.prompt)
 
+    def late(self, now_s: float) -> bool:
+        """It has generated nothing, and nobody wants its first token any more."""
+        return self.due_s <= now_s and len(self.tokens) == len(self.request.prompt)
+
     @property
     def digests(self) -> list[int]:
         """Prefix hashes of all full blocks."""
-        if len(self._digests) < len(self.tokens) // self._namespace.block_tokens:
+        size = self._namespace.block_tokens
+        if not self._digests:
             self._digests = block_hashes(self.tokens, self._namespace)
+        while (start := len(self._digests) * size) + size <= len(self.tokens):
+            parent = self._digests[-1] if self._digests else self._namespace.root()
+            self._digests.append(next_block_hash(parent, self.tokens[start : start + size]))
         return self._digests
 
     def take(self, blocks: list[int]) -> None:
