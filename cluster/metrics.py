@@ -21,6 +21,9 @@ class Metric(msgspec.Struct, frozen=True):
 
 
 GATEWAY_METRICS = (
+    Metric("mobula_arrivals_total", "counter", "Requests that arrived, refused ones among them.", ("model",)),
+    Metric("mobula_arrived_prompt_tokens_total", "counter", "Prompt tokens of requests that arrived.", ("model",)),
+    Metric("mobula_arrived_prompt_tokens_squared_total", "counter", "Sum of their squared prompt lengths.", ("model",)),
     Metric("mobula_requests_total", "counter", "Requests that ended, by how.", ("model", "tenant", "outcome")),
     Metric("mobula_rejections_total", "counter", "Requests refused before they ran, by reason.", ("reason",)),
     Metric("mobula_request_retries_total", "counter", "Attempts after the first, by cause.", ("model", "cause")),
