@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -53,6 +53,33 @@ GATEWAY_METRICS = (
     Metric("mobula_request_output_tokens", "histogram", "Output lengths.", ("model",), TOKEN_BUCKETS),
 )
 
+# The gateway's samples by which a controller judges demand and latency, as they are exported.
+ARRIVALS = "mobula_arrivals_total"
+ARRIVED_TOKENS = "mobula_arrived_prompt_tokens_total"
+ARRIVED_TOKENS_SQUARED = "mobula_arrived_prompt_tokens_squared_total"
+PROMPT_TOKENS = "mobula_prompt_tokens_total"
+CACHED_TOKENS = "mobula_cached_tokens_total"
+OUTPUT_TOKENS = "mobula_output_tokens_total"
+REQUESTS = "mobula_requests_total"
+TTFT = "mobula_ttft_seconds_bucket"
+TPOT = "mobula_tpot_seconds_bucket"
+QUEUED = "mobula_queue_depth"
+IN_FLIGHT = "mobula_requests_in_flight"
+DEMAND_NAMES = (
+    ARRIVALS,
+    ARRIVED_TOKENS,
+    ARRIVED_TOKENS_SQUARED,
+    PROMPT_TOKENS,
+    CACHED_TOKENS,
+    OUTPUT_TOKENS,
+    REQUESTS,
+    TTFT,
+    TPOT,
+    QUEUED,
+    IN_FLIGHT,
+)
+"""What a controller reads of demand and latency."""
+
 REPLICA_METRICS = (
     Metric("mobula_replica_running", "gauge", "Requests decoding.", ("replica", "role")),
     Metric("mobula_replica_waiting", "gauge", "Requests whose prompt is not finished.", ("replica", "role")),
@@ -75,7 +102,27 @@ REPLICA_METRICS = (
     Metric("mobula_replica_transfer_bytes_total", "counter", "KV bytes received.", ("replica", "role")),
 )
 
+
+class Sample(msgspec.Struct, frozen=True, array_like=True):
+    """One exported number at one time, named as Prometheus' text format names it."""
+
+    name: str
+    labels: tuple[tuple[str, str], ...]
+    """By name, in order."""
+    value: float
+
+
 _KINDS = {"counter": Counter, "gauge": Gauge}
+
+
+def samples(registry: CollectorRegistry, names: Container[str], **own: str) -> tuple[Sample, ...]:
+    """What a registry exports under these names now. `own`: labels that tell the process apart."""
+    return tuple(
+        Sample(one.name, tuple(sorted({**one.labels, **own}.items())), one.value)
+        for metric in registry.collect()
+        for one in metric.samples
+        if one.name in names
+    )
 
 
 def exporter(metrics: Iterable[Metric], registry: CollectorRegistry) -> Mapping[str, Counter | Gauge | Histogram]:

@@ -10,6 +10,20 @@ import msgspec
 import numpy as np
 
 from cluster.fleet import Fleet, NodeSpec
+from cluster.metrics import (
+    ARRIVALS,
+    ARRIVED_TOKENS,
+    ARRIVED_TOKENS_SQUARED,
+    CACHED_TOKENS,
+    DEMAND_NAMES,
+    IN_FLIGHT,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    QUEUED,
+    REQUESTS,
+    TPOT,
+    TTFT,
+)
 from cluster.node import Node
 from cluster.replica import Load, Replica
 from cluster.slo import Slo
@@ -21,32 +35,6 @@ BUCKET_S = 1.0  # A burst shows in the bucket after it, and counts of a second a
 BUCKETS = 300
 LATENCY_SPAN_S = 60.0  # Of measured quantiles: enough requests for a P99 at 2 requests/s, recent enough to follow a change.
 SPAN_S = BUCKETS * BUCKET_S + LATENCY_SPAN_S
-
-ARRIVALS = "mobula_arrivals_total"
-ARRIVED_TOKENS = "mobula_arrived_prompt_tokens_total"
-ARRIVED_TOKENS_SQUARED = "mobula_arrived_prompt_tokens_squared_total"
-PROMPT_TOKENS = "mobula_prompt_tokens_total"
-CACHED_TOKENS = "mobula_cached_tokens_total"
-OUTPUT_TOKENS = "mobula_output_tokens_total"
-REQUESTS = "mobula_requests_total"
-TTFT = "mobula_ttft_seconds_bucket"
-TPOT = "mobula_tpot_seconds_bucket"
-QUEUED = "mobula_queue_depth"
-IN_FLIGHT = "mobula_requests_in_flight"
-NAMES = (
-    ARRIVALS,
-    ARRIVED_TOKENS,
-    ARRIVED_TOKENS_SQUARED,
-    PROMPT_TOKENS,
-    CACHED_TOKENS,
-    OUTPUT_TOKENS,
-    REQUESTS,
-    TTFT,
-    TPOT,
-    QUEUED,
-    IN_FLIGHT,
-)
-"""What is asked of a telemetry source."""
 
 Telemetry = Mapping[str, Sequence[Series]]
 
@@ -174,7 +162,7 @@ def _slo(fleet: Fleet) -> Slo:
 
 
 def _workload(model: str, slo: Slo, telemetry: Telemetry, now_s: float) -> Workload:
-    mine = {name: [one for one in telemetry.get(name, ()) if one.labels.get("model") == model] for name in NAMES}
+    mine = {name: [one for one in telemetry.get(name, ()) if one.labels.get("model") == model] for name in DEMAND_NAMES}
     until_s = covered_until_s(mine[ARRIVALS])
     if math.isinf(until_s):  # Nobody asked yet: that is known as long as gateways are heard at all.
         until_s = covered_until_s(one for series in telemetry.values() for one in series)

@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
-import msgspec
-
+from cluster.metrics import Sample
 from controller.observe.counters import Series
 
 MAX_SERIES = 20_000  # A hundred gateways with ten models: 16 buckets of four histograms, and some counters, each.
-
-
-class Sample(msgspec.Struct, frozen=True, array_like=True):
-    """One counter at one time."""
-
-    name: str
-    labels: tuple[tuple[str, str], ...]
-    """By name, in order."""
-    value: float
 
 
 class Window:

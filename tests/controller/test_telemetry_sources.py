@@ -8,8 +8,9 @@ import pytest
 from aiohttp import web
 
 from cluster.errors import Unreachable
+from cluster.metrics import Sample
 from controller.observe.prometheus import Prometheus
-from controller.observe.window import MAX_SERIES, Sample, Window
+from controller.observe.window import MAX_SERIES, Window
 
 NOW_S = 1_000_000.0
 SPAN_S = 60.0
