@@ -9,6 +9,7 @@ import msgspec
 
 from cli.fleet_home import FleetStatus, ReplicaStatus
 from cluster.errors import Unreachable
+from cluster.fleet import Fleet
 from cluster.replica import Phase, Replica
 from controller.registry import RegistryClient
 
@@ -18,7 +19,7 @@ STATUS_S = 2.0  # A worker that does not answer by then is shown without its loa
 class StatusAnswerer:
     """Asks registry and workers anew for each who connects."""
 
-    def __init__(self, fleet: str, url: str, registry: RegistryClient, workers: Any) -> None:
+    def __init__(self, fleet: Fleet, url: str, registry: RegistryClient, workers: Any) -> None:
         self._fleet, self._url, self._registry, self._workers = fleet, url, registry, workers
 
     async def answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -37,10 +38,10 @@ class StatusAnswerer:
         answers = await asyncio.gather(*map(self._ask, workers))
         by_worker = dict(zip(workers, answers, strict=True))
         return FleetStatus(
-            fleet=self._fleet,
+            fleet=self._fleet.name,
             url=self._url,
             version=membership.version,
-            gateways=tuple(f"http://{address}" for address in gateways),
+            gateways=tuple(f"{self._fleet.scheme}://{address}" for address in gateways),
             replicas=tuple(_row(row, by_worker[row.worker_id]) for row in rows),
         )
 

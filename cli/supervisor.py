@@ -85,7 +85,7 @@ def _supervise(order: Order, home: FleetHome, tell: Tell) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     adopt_orphans()
     fleet = order.fleet
-    url = f"http://{fleet.gateway.host}:{fleet.gateway.port}"
+    url = f"{fleet.scheme}://{fleet.gateway.host}:{fleet.gateway.port}"
     directory = None if order.address else tempfile.mkdtemp(prefix="mobula-", dir="/tmp")  # Sockets' paths must be short.
     supervisor = identify(psutil.Process())
     record = Record(fleet=fleet.name, supervisor=supervisor, url=url, directory=directory, address=order.address)
@@ -169,7 +169,7 @@ class _Supervisor:
         await self._workers.start(plans, lambda plan: self._tell(Progress(kind="step", text=plan.worker_id)))
         self._tell(Progress(kind="phase", text="Opening the gateway"))
         await self._open_gateway()
-        answerer = StatusAnswerer(self._fleet.name, self._url, self._registry, self._workers)
+        answerer = StatusAnswerer(self._fleet, self._url, self._registry, self._workers)
         await asyncio.start_unix_server(answerer.answer, self._home.socket_path)
         self._tell(Progress(kind="ready", text=self._url))
 

@@ -7,6 +7,7 @@ MobulaError
 │   └── Draining            the replica finishes what it has and takes nothing new
 └── Permanent               the same call will fail again
     ├── InvalidRequest      a client's request is out of bounds; `param` names the field
+    ├── DeadlineExceeded    a request had no token by its own deadline
     ├── InvalidConfig       an operator's file or flag is out of bounds
     ├── InvalidModel        a checkpoint is missing, truncated or of an unsupported kind
     ├── InvalidTrace        a trace file's line does not parse
@@ -17,6 +18,8 @@ A message names the value, the bound and the place: `max_tokens 9000 above 4096,
 """
 
 from __future__ import annotations
+
+import re
 
 
 class MobulaError(Exception):
@@ -56,6 +59,10 @@ class InvalidRequest(Permanent):
         self.code = code
 
 
+class DeadlineExceeded(Permanent):
+    """A request had no token by its own deadline: nobody waits for the answer any more."""
+
+
 class InvalidConfig(Permanent):
     """An operator's file or flag is out of bounds."""
 
@@ -74,3 +81,11 @@ class ProtocolMismatch(Permanent):
 
 class NotAllowed(Permanent):
     """A key or a shared secret is missing or wrong."""
+
+
+def error_in(report: str) -> MobulaError | None:
+    """The error whose type and message end a process's report of its death, a traceback; None where it is none of these."""
+    last = report.strip().rpartition("\n")[2]
+    told = re.search(rf"\b{re.escape(__name__)}\.(\w+): (.+)", last)
+    kind = told and globals().get(told[1])
+    return kind(told[2]) if told and isinstance(kind, type) and issubclass(kind, MobulaError) else None

@@ -155,7 +155,10 @@ class TransportSpec(_Spec, frozen=True, kw_only=True):
     secret_file: str | None = None
     """Shared secret of gateway and workers; None makes a fresh one per start of a local cluster."""
     tls_dir: str | None = None
-    """Directory with ca.pem, cert.pem and key.pem; None speaks plain text, which only loopback addresses may."""
+    """Directory with ca.pem, cert.pem and key.pem; None speaks plain text, which only loopback addresses may.
+
+    Between gateway and workers it is mutual; clients of the gateway, who have API keys, need no certificate.
+    """
 
 
 class Fleet(_Spec, frozen=True, kw_only=True):
@@ -170,3 +173,8 @@ class Fleet(_Spec, frozen=True, kw_only=True):
     transport: TransportSpec = TransportSpec()
     slo: dict[str, Slo] = msgspec.field(default_factory=lambda: {"default": Slo(ttft_s=1.0, tpot_s=0.1)})
     """Bounds by SLO class."""
+
+    @property
+    def scheme(self) -> Literal["http", "https"]:
+        """Of the gateway's URLs."""
+        return "http" if self.transport.tls_dir is None else "https"

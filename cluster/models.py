@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
 
 import msgspec
 
-from cluster.errors import InvalidConfig, InvalidModel
+from cluster.errors import InvalidConfig
 from cluster.kv import DTYPE_BYTES
 
 
@@ -63,10 +62,6 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     def parameters(self) -> int:
         """All, embeddings included."""
         return self._embeddings + self._layers(self.experts) + self._norm
-
-    def active_parameters(self) -> int:
-        """Those one token meets: all but the experts it is not routed to."""
-        return self._embeddings + self._layers(self.experts_per_token) + self._norm
 
     def matrix_parameters(self) -> int:
         """Active ones a token is multiplied with: two floating-point operations each. The input embedding is looked up."""
@@ -183,34 +178,3 @@ def model_shape(name: str) -> ModelShape:
         near = difflib.get_close_matches(name, MODELS, cutoff=0.4) or sorted(MODELS)
         raise InvalidConfig(f"model shape {name!r} is not known; near: {', '.join(near)}")
     return shape
-
-
-def shape_from_config(config: Mapping[str, Any], name: str = "") -> ModelShape:
-    """The shape a Hugging Face `config.json` describes. Raises InvalidModel where a dimension is missing.
-
-    Covers Llama, Mistral, Mixtral, Qwen2 and Qwen3, dense and MoE; takes every layer of a MoE model for a MoE layer.
-    """
-    kind = str(config.get("model_type", ""))
-    experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
-    try:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
-        intermediate = int(config["intermediate_size"])
-        return ModelShape(
-            name=name or kind,
-            layers=int(config["num_hidden_layers"]),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            intermediate=0 if experts else intermediate,
-            vocabulary=int(config["vocab_size"]),
-            experts=experts,
-            experts_per_token=int(config["num_experts_per_tok"]) if experts else 0,
-            expert_intermediate=int(config.get("moe_intermediate_size") or intermediate) if experts else 0,
-            shared_intermediate=int(config.get("shared_expert_intermediate_size") or 0),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qk_norm=kind.startswith("qwen3"),
-        )
-    except KeyError as missing:
-        raise InvalidModel(f"config.json of {name or kind or 'a model'} has no {missing}") from None

@@ -9,6 +9,14 @@ from cluster.fleet import ModelSpec, NodeSpec, ReplicaGroup
 NODE_LABEL = "mobula-node"
 """The label by which a Ray node is known as one of the fleet's; its value is the node's name."""
 
+REGISTRY_NAME = "mobula-registry"
+"""The registry's actor, in the fleet's namespace."""
+
+
+def namespace_of(fleet_name: str) -> str:
+    """The Ray namespace in which a fleet's actors are named."""
+    return f"mobula-{fleet_name}"
+
 
 class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One replica to start."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import ipaddress
 import itertools
 import json
@@ -28,10 +27,12 @@ import psutil
 import yaml
 
 from cluster.errors import InvalidConfig, InvalidModel
-from cluster.fleet import Fleet, GatewaySpec, ModelSpec, NodeSpec, Pace, ReplicaGroup, RoutingSpec
+from cluster.fleet import Fleet, GatewaySpec, ModelSpec, NodeSpec, Pace, ReplicaGroup
 from cluster.kv import DTYPE_BYTES, KvLayout
 from cluster.placement import ReplicaPlan, WorkerPlan
-from workers.checkpoint import check_files
+from policies.import_path import make_policy
+from policies.policy import Router
+from workers.checkpoint import check_dtype, check_files
 
 MAX_CONFIG_BYTES = 2**20  # Ten thousand nodes by name are half of it.
 MAX_REPLICAS = 10_000  # The largest fleet whose decisions are budgeted.
@@ -63,6 +64,7 @@ def check_fleet(path: Path, fleet: Fleet, *, here: bool = True) -> None:
         check(fleet)
         if here:
             _check_memory(fleet)
+            _check_devices(fleet)
             if fleet.gateway.request_log:
                 _check_writable(Path(fleet.gateway.request_log), "gateway.request_log")
             _check_port_free(fleet.gateway.host, fleet.gateway.port)
@@ -100,7 +102,7 @@ def check(fleet: Fleet) -> None:
     _check_roles(fleet)
     _check_gateway(fleet.gateway)
     _check_transport(fleet)
-    _check_router(fleet.routing)
+    make_policy(fleet.routing.use, fleet.routing.settings, place="routing", kind=Router)
     _check_slo(fleet)
     for model in fleet.models:
         _check_model(fleet, model)
@@ -252,6 +254,9 @@ def _check_group(fleet: Fleet, group: ReplicaGroup, place: str) -> None:
         raise InvalidConfig(f"{place}.per_worker {group.per_worker} above 1: only emulated replicas share a worker process")
     if group.engine == "emulated" and group.pace is None:
         raise InvalidConfig(f"{place}.pace is missing: an emulated engine has no other source of step times")
+    if group.engine == "torch":
+        with _placed(place):
+            check_dtype(group.dtype, group.device)
     if group.step_budget_tokens < group.max_running:
         raise InvalidConfig(
             f"{place}.step_budget_tokens {group.step_budget_tokens} is below {place}.max_running {group.max_running}: "
@@ -265,12 +270,24 @@ def _check_group(fleet: Fleet, group: ReplicaGroup, place: str) -> None:
         _check_pace_fits(group, group.pace, place)
 
 
+@contextlib.contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """A field's error with the place of what has the field."""
+    try:
+        yield
+    except InvalidConfig as error:
+        raise InvalidConfig(f"{place}.{error}") from error
+
+
 def _check_pace_fits(group: ReplicaGroup, pace: Pace, place: str) -> None:
     """Whether the machine that is played could hold the model that is played, with this much KV."""
     from cluster.hardware import ACCELERATORS
     from cluster.models import MODELS
+    from cluster.performance import roofline
 
     shape, accelerator = MODELS[pace.shape], ACCELERATORS[pace.accelerator]
+    with _placed(f"{place}.pace"):
+        roofline(shape, accelerator, pace.tensor_parallel)
     weights, room = shape.weight_bytes(), accelerator.memory_bytes * pace.tensor_parallel
     kv = group.kv_blocks * group.block_tokens * shape.kv_bytes_per_token()
     if weights + kv > room:
@@ -317,6 +334,16 @@ def _check_memory(fleet: Fleet) -> None:
                 f"replicas[{index}]: {group.count} x ({group.kv_blocks} kv_blocks, {kv} bytes, and {weights} of weights) bring the "
                 f"fleet to {total} bytes, above {bound}, {MEMORY_SHARE:.0%} of this machine's available memory"
             )
+
+
+def _check_devices(fleet: Fleet) -> None:
+    """Refuse CUDA where this machine has none."""
+    for index, group in enumerate(fleet.replicas):
+        if group.engine == "torch" and group.device != "cpu":
+            import torch  # Takes seconds, which a fleet on CPU need not wait for.
+
+            if not torch.cuda.is_available():
+                raise InvalidConfig(f"replicas[{index}].device {group.device}: there is no CUDA device on this machine")
 
 
 def memory_by_node(fleet: Fleet) -> Counter[str]:
@@ -390,8 +417,8 @@ def _check_transport(fleet: Fleet) -> None:
     transport = fleet.transport
     if transport.kv_bytes_per_s is not None:
         _check_positive(transport.kv_bytes_per_s, "transport.kv_bytes_per_s")
-    if transport.secret_file is not None and not Path(transport.secret_file).is_file():
-        raise InvalidConfig(f"transport.secret_file {transport.secret_file} is no file")
+    if transport.secret_file is not None:
+        _check_secret(Path(transport.secret_file))
     if transport.tls_dir is not None:
         for name in TLS_FILES:
             if not (Path(transport.tls_dir) / name).is_file():
@@ -402,6 +429,17 @@ def _check_transport(fleet: Fleet) -> None:
             f"gateway.host {fleet.gateway.host} is no loopback address and transport.tls_dir is missing: "
             "without TLS everything stays on 127.0.0.1"
         )
+
+
+def _check_secret(file: Path) -> None:
+    if not file.is_file():
+        raise InvalidConfig(f"transport.secret_file {file} is no file")
+    try:
+        secret = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfig(f"transport.secret_file {file} cannot be read: {error}") from error
+    if not secret:
+        raise InvalidConfig(f"transport.secret_file {file} is empty")
 
 
 def _check_certificates(directory: Path) -> None:
@@ -429,20 +467,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _check_router(routing: RoutingSpec) -> None:
-    module, _, name = routing.use.partition(":")
-    try:
-        router = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidConfig(f"routing.use {routing.use!r} cannot be imported as module:Class: {error}") from error
-    try:
-        made = router(**routing.settings)
-    except (TypeError, ValueError) as error:
-        raise InvalidConfig(f"routing.settings do not fit {routing.use}: {error}") from error
-    if not hasattr(made, "route"):
-        raise InvalidConfig(f"routing.use {routing.use!r} makes no Router: {type(made).__name__} has no method route")
 
 
 def _check_port_free(host: str, port: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import msgspec
@@ -10,6 +9,7 @@ import msgspec
 from cluster.errors import InvalidConfig
 from cluster.fleet import PipelineSpec, PolicySpec
 from policies.expansion import Expansion
+from policies.import_path import import_class
 from policies.pipeline import Pipeline
 
 
@@ -47,11 +47,7 @@ def _effective(specs: tuple[PolicySpec, ...], built: tuple[Any, ...]) -> tuple[P
 
 
 def _load(spec: PolicySpec, method: str, place: str) -> Any:
-    module, _, name = spec.use.partition(":")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidConfig(f"{place}.use {spec.use!r} cannot be imported as module:Class: {error}") from error
+    kind = import_class(spec.use, place=place)
     if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct) and callable(getattr(kind, method, None))):
         raise InvalidConfig(f"{place}.use {spec.use!r} is no msgspec.Struct with a method `{method}`")
     return _settled(kind, spec.settings, f"{place}.settings")

@@ -16,16 +16,10 @@ import msgspec
 
 from cluster.replica import Membership, Phase, Replica
 
-REGISTRY_NAME = "mobula-registry"
 SILENCE_S = 5.0  # Five heartbeats: a worker paused by a busy machine is not taken for dead, and nobody waits long for a dead one.
 SWEEP_S = 0.5
 MAX_WAIT_S = 30.0  # Of one long poll.
 GATEWAY_GRACE_S = 5.0  # A gateway replica that asks again so late after its long poll is gone.
-
-
-def namespace_of(fleet_name: str) -> str:
-    """The Ray namespace in which a fleet's actors are named."""
-    return f"mobula-{fleet_name}"
 
 
 class MembershipTable:

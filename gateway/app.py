@@ -190,7 +190,7 @@ class Gateway:
         self, request_id: str, arrival_s: float, body: Any, prompt: list[int], params: Any, turn: int, key: Any
     ) -> wire.Request:
         slo_class = body.slo_class or "default"
-        if body.slo_class is not None and slo_class not in self._slos:
+        if slo_class not in self._slos and slo_class != "default":
             raise InvalidRequest(f"slo_class {slo_class} is none of {', '.join(self._slos)}", param="slo_class")
         seed = params.seed + turn if params.seed + turn <= wire.MAX_SEED else turn - wire.MAX_SEED
         return wire.Request(
@@ -202,6 +202,7 @@ class Gateway:
             priority=body.priority or 0,
             slo_class=slo_class,
             arrival_s=arrival_s,
+            deadline_s=None if body.timeout_s is None else arrival_s + body.timeout_s,
             salt="" if key is None else key.tenant,
         )
 

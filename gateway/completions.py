@@ -97,7 +97,6 @@ class CompletionShape:
         return {
             "tokens": [token.token_text for token in drawn],
             "token_logprobs": [token.logprob for token in drawn],
-            # The drawn token is always among them, as OpenAI says, whether or not it is one of the most likely.
             "top_logprobs": [_alternatives(token) for token in drawn],
             "text_offset": offsets,
         }

@@ -17,10 +17,12 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import ProxyLocation
 
-from cluster.errors import Unreachable
+from cluster.errors import Unreachable, error_in
 from cluster.fleet import Fleet
+from cluster.placement import namespace_of
 from gateway.app import build_app
-from gateway.membership import follow_registry
+from gateway.membership import follow_registry, known_gateways
+from gateway.port import refuse_strangers
 from gateway.routers import make_router
 from gateway.serve_process import drain_at_sigterm, stay_on_loopback
 from gateway.server import DRAIN_S, GatewayServer, address_of, listen
@@ -36,7 +38,7 @@ def application_of(fleet_name: str) -> str:
 
 
 def deploy(fleet: Fleet, secret: str) -> None:
-    """Start the gateway's replicas; returns when all listen. Blocks. Raises Unreachable with their words, nothing left."""
+    """Start the gateway's replicas; returns when all listen. Blocks. Raises what one raised, or Unreachable; nothing is left."""
     serve.start(proxy_location=ProxyLocation.Disabled)
     deployment = serve.deployment(
         GatewayReplica,
@@ -51,8 +53,8 @@ def deploy(fleet: Fleet, secret: str) -> None:
     except RuntimeError as error:
         said = serve.status().applications.get(application_of(fleet.name))
         shutdown(fleet.name)
-        causes = [one.message for one in said.deployments.values()] if said else [str(error)]
-        raise Unreachable(f"the gateway did not start: {' '.join(causes).strip().splitlines()[-1]}") from error
+        report = " ".join(one.message for one in said.deployments.values()) if said else str(error)
+        raise error_in(report) or Unreachable(f"the gateway did not start: {report.strip().splitlines()[-1]}") from error
 
 
 def shutdown(fleet_name: str) -> None:
@@ -91,7 +93,9 @@ def _serve(fleet: Fleet, secret: str, started: concurrent.futures.Future[tuple[a
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             own = listen(fleet.gateway.host, 0)
-            server = GatewayServer(_application(fleet, secret, address_of(own)), fleet.gateway, own=own)
+            app = _application(fleet, secret, address_of(own))
+            refuse_strangers(fleet.gateway.host, fleet.gateway.port, lambda: known_gateways(namespace_of(fleet.name)))
+            server = GatewayServer(app, fleet.gateway, own=own, tls_dir=fleet.transport.tls_dir)
         except BaseException as error:
             started.set_exception(error)
             return
@@ -104,7 +108,7 @@ def _application(fleet: Fleet, secret: str, address: str) -> FastAPI:
     return build_app(
         spec=fleet.gateway,
         models={model.name: model for model in fleet.models},
-        membership=lambda: follow_registry(f"mobula-{fleet.name}", address),
+        membership=lambda: follow_registry(namespace_of(fleet.name), address),
         transport=transport,
         router=make_router(fleet.routing),
         slos=fleet.slo,

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 
-from cluster.errors import Draining, InvalidRequest, MobulaError, Overloaded, Temporary, Unreachable
+from cluster.errors import DeadlineExceeded, Draining, InvalidRequest, MobulaError, Overloaded, Unreachable
 from cluster.fleet import GatewaySpec
 from cluster.handoff import Token
 from cluster.kv import KvNamespace, block_hashes
@@ -226,7 +226,9 @@ class Dispatcher:
             self._pump()
         else:
             self._release(generation)
-            self._fail(generation, InvalidRequest(token.error or "the engine refused the request", code="engine_error"))
+            said = token.error or "the engine refused the request"
+            late = not generation.generated and _past_deadline(generation, time.time())
+            self._fail(generation, DeadlineExceeded(said) if late else InvalidRequest(said, code="engine_error"))
 
     # Attempts.
 
@@ -425,8 +427,10 @@ class Dispatcher:
         for model, line in self._lines.items():
             for generation in line.overdue(now_s, timeout_s):
                 waited = f"for {timeout_s} s, as long as a request may wait"
-                if self.ready(model):
-                    error: Temporary = Overloaded(f"no replica had room {waited}", delay_s=line.queue.retry_after_s(now_s))
+                if _past_deadline(generation, now_s):
+                    error: MobulaError = DeadlineExceeded("no replica had room before the request's timeout_s was over")
+                elif self.ready(model):
+                    error = Overloaded(f"no replica had room {waited}", delay_s=line.queue.retry_after_s(now_s))
                 else:
                     error = Unreachable(f"no replica of {model} was ready {waited}")
                 self._fail(generation, error)
@@ -447,7 +451,15 @@ class Dispatcher:
         for worker_id in {row.worker_id for row in membership.replicas}:
             if not self._links.connected(worker_id):
                 self._view.suspect_worker(worker_id, now_s)
+        for model in [model for model in self._lines if not self.ready(model)]:
+            for generation in list(self._lines[model].newcomers.values()):
+                self._fail(generation, Unreachable(f"no replica of {model} is ready"))
         self._pump()
+
+
+def _past_deadline(generation: Generation, now_s: float) -> bool:
+    deadline_s = generation.request.deadline_s
+    return deadline_s is not None and now_s >= deadline_s
 
 
 def _contexts(membership: Membership) -> dict[str, int]:

@@ -8,16 +8,26 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import ray
+from ray.exceptions import RayError
 
+from cluster.placement import REGISTRY_NAME
 from cluster.replica import Membership
 
 logger = logging.getLogger(__name__)
 
-REGISTRY_NAME = "mobula-registry"
 POLL_S = 10.0
 GRACE_S = 5.0  # Beyond POLL_S the registry is taken for gone.
 RETRY_S = 1.0
 SETTLE_S = 5.0  # Five heartbeats, by which every worker that lives has registered with a new registry.
+
+
+def known_gateways(namespace: str) -> tuple[str, ...]:
+    """Own addresses of the gateway replicas that the registry has heard of late; none without a registry. Blocks."""
+    try:
+        found: tuple[str, ...] = ray.get(ray.get_actor(REGISTRY_NAME, namespace).gateways.remote(), timeout=GRACE_S)
+    except (ValueError, RayError):
+        return ()
+    return found
 
 
 async def follow_registry(namespace: str, address: str) -> AsyncIterator[Membership]:

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from cluster.errors import Draining, InvalidRequest, MobulaError, NotAllowed, Overloaded, Temporary
+from cluster.errors import DeadlineExceeded, Draining, InvalidRequest, MobulaError, NotAllowed, Overloaded, Temporary
 from cluster.request import MAX_TOP_LOGPROBS, SamplingParams
 
 MAX_CHOICES = 128  # OpenAI's bound on n; here on prompts times n.
 MAX_TOKEN_ID = 2**31 - 1
+MAX_TIMEOUT_S = 3600.0
 MAX_USER_CHARS = 256
 MAX_SECONDS = 3600  # Of a Retry-After.
 MAX_ERROR_CHARS = 1000  # An error names what it was given, which may be as long as a body.
@@ -57,6 +58,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     user: str | None = None
     priority: int | None = None
     slo_class: str | None = None
+    timeout_s: float | None = None
     # Known to OpenAI's clients and not supported.
     logit_bias: Any = None
     metadata: Any = None
@@ -115,6 +117,8 @@ def sampling(body: Body, *, max_tokens: int, logprobs: int | None) -> SamplingPa
     )
     params.check()
     within("n", body.n, 1, MAX_CHOICES)
+    if body.timeout_s is not None and not 0.0 < body.timeout_s <= MAX_TIMEOUT_S:
+        raise InvalidRequest(f"timeout_s {body.timeout_s} is outside (0, {MAX_TIMEOUT_S:.0f}]", param="timeout_s")
     for token in params.stop_token_ids:
         within("stop_token_ids", token, 0, MAX_TOKEN_ID)
     if body.user is not None and len(body.user) > MAX_USER_CHARS:
@@ -146,6 +150,8 @@ def error_answer(error: MobulaError) -> tuple[int, bytes, dict[str, str]]:
         case InvalidRequest(param=param, code=code):
             status = {"model_not_found": 404, "body_too_large": 413}.get(code, 400)
             return status, error_body(str(error), "invalid_request_error", param=param, code=code), {}
+        case DeadlineExceeded():
+            return 408, error_body(str(error), "timeout_error", code="deadline_exceeded"), {}
         case NotAllowed():
             body = error_body(str(error), "invalid_request_error", code="invalid_api_key")
             return 401, body, {"www-authenticate": "Bearer"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -40,8 +41,16 @@ def address_of(listener: socket.socket) -> str:
 class GatewayServer(uvicorn.Server):
     """SIGTERM, SIGINT and `drain` stop accepting, finish what streams, then end `serve`."""
 
-    def __init__(self, app: FastAPI, spec: GatewaySpec, *, own: socket.socket | None = None, drain_s: float = DRAIN_S) -> None:
-        """own: another listener, that this replica shares with nobody."""
+    def __init__(
+        self,
+        app: FastAPI,
+        spec: GatewaySpec,
+        *,
+        own: socket.socket | None = None,
+        tls_dir: str | None = None,
+        drain_s: float = DRAIN_S,
+    ) -> None:
+        """own: another listener, that this replica shares with nobody. `tls_dir`: HTTPS with its certificate; none is asked."""
         config = uvicorn.Config(
             app,
             http="httptools",
@@ -53,7 +62,13 @@ class GatewayServer(uvicorn.Server):
             date_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=round(drain_s),
+            ssl_certfile=None if tls_dir is None else Path(tls_dir, "cert.pem"),
+            ssl_keyfile=None if tls_dir is None else Path(tls_dir, "key.pem"),
         )
+        try:
+            config.load()
+        except OSError as error:
+            raise InvalidConfig(f"transport.tls_dir {tls_dir}: cert.pem and key.pem do not load: {error.strerror}") from error
         super().__init__(config)
         self._gateway = app.state.gateway
         self._shared = listen(spec.host, spec.port)

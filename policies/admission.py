@@ -123,18 +123,15 @@ class AdmissionQueue:
         self._remove(self._waiting[request_id][0], now_s)
         return True
 
-    def next_deadline_s(self) -> float | None:
-        """No entry expires before this; None when nobody waits."""
-        return self._earliest_s if self._waiting else None
-
     def retry_after_s(self, now_s: float, room_s: float | None = None) -> float:
         """Seconds until all that waits has gone on at the rate of the latest pops; before the first pop, at one every `room_s`.
 
-        Never above the timeout, by which all of them are gone. A time in which nobody waited says nothing of the rate.
+        By the timeout all that waits now has gone on or given up, so never above that and one turn more. A time in which nobody
+        waited says nothing of the rate.
         """
         span_s = self._clock_s(now_s) - self._pops_s[0] if self._pops_s else 0.0
         each_s = span_s / len(self._pops_s) if span_s > 0 else room_s
-        return self._timeout_s if each_s is None else min(self._timeout_s, (len(self._waiting) + 1) * each_s)
+        return self._timeout_s if each_s is None else min(self._timeout_s, len(self._waiting) * each_s) + each_s
 
     def _clock_s(self, now_s: float) -> float:
         """Seconds in which somebody waited."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -13,6 +13,7 @@ from policies.route import Ask, Rejection, Route
 from policies.routing_view import RoutingView
 
 
+@runtime_checkable
 class Router(Protocol):
     """Chooses for one request: filter, score, pick. Pure: same request, same view, same answer."""
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint directory is whole, before anything is started for it: its files are there and as long as they say."""
+"""Whether a checkpoint can be served, before anything is started for it: its files are whole, and its type fits the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from cluster.errors import InvalidModel
+from cluster.errors import InvalidConfig, InvalidModel
+from cluster.kv import DTYPE_BYTES
 
 CONFIG, INDEX, WEIGHTS, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json"
 
@@ -25,6 +26,15 @@ def check_files(directory: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise InvalidModel(f"{directory / name} is truncated or broken: {error}") from error
+
+
+def check_dtype(dtype: str, device: str) -> None:
+    """Raises InvalidConfig for a type that the engine does not compute in on `device`, cpu or cuda."""
+    known = [name for name in DTYPE_BYTES if not name.startswith("float8")]
+    if dtype not in known:
+        raise InvalidConfig(f"dtype {dtype!r} is none of {', '.join(known)}")
+    if device == "cpu" and dtype != "float32":
+        raise InvalidConfig(f"dtype {dtype!r} on cpu: only float32 is reliable there")
 
 
 def _weight_files(index: Path) -> list[str]:

@@ -119,7 +119,7 @@ class HostedReplica:
     # What the engine says
 
     def _sink(self, output: StepOutput) -> None:
-        """The engine's thread."""
+        """Any thread."""
         self._said.append(output)
         if not self._flushing and self._loop is not None and not self._loop.is_closed():
             self._flushing = True

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from cluster.slo import Slo, goodput_rps, meets
-from workloads.client import Load
+from workloads.client import Load, Sample
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -87,7 +87,7 @@ def summarise(load: Load, slo: Slo, *, workload: str, target: str) -> Report:
         elapsed_s=load.elapsed_s,
         offered_rps=len(samples) / span_s,
         completed_rps=len(done) / elapsed_s,
-        prompt_tokens=sum(sample.row.prompt_tokens if sample.prompt_tokens is None else sample.prompt_tokens for sample in samples),
+        prompt_tokens=sum(_prompt_tokens(sample) for sample in samples if sample.timing.completed),
         cached_tokens=sum(sample.cached_tokens for sample in samples),
         output_tokens=output_tokens,
         output_tokens_asked=sum(max(1, sample.row.output_tokens) for sample in samples),
@@ -104,6 +104,11 @@ def summarise(load: Load, slo: Slo, *, workload: str, target: str) -> Report:
         peak_in_flight=load.peak_in_flight,
         held=load.held,
     )
+
+
+def _prompt_tokens(sample: Sample) -> int:
+    """As the server counted them, where it did."""
+    return sample.row.prompt_tokens if sample.prompt_tokens is None else sample.prompt_tokens
 
 
 def percentiles(values: Iterable[float | None]) -> Percentiles | None:

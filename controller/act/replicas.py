@@ -10,11 +10,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.errors import InvalidConfig, MobulaError, Unreachable
+from cluster.errors import InvalidConfig, MobulaError, Unreachable, error_in
 from cluster.fleet import Fleet
-from cluster.placement import NODE_LABEL, WorkerPlan
+from cluster.placement import NODE_LABEL, REGISTRY_NAME, WorkerPlan, namespace_of
 from controller.config import memory_by_node
-from controller.registry import REGISTRY_NAME, Registry, RegistryClient, namespace_of
+from controller.registry import Registry, RegistryClient
 from workers.worker import DRAIN_S
 from workers.worker_process import WorkerProcess
 
@@ -103,8 +103,10 @@ class Workers:
         except RayTaskError as error:
             raise _cause(error, plan) from error
         except RayActorError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise Unreachable(f"{plan.worker_id} on node {plan.node.name} died while it started: {reason}") from error
+            place, report = f"{plan.worker_id} on node {plan.node.name}", str(error).strip()
+            if (told := error_in(report)) is not None:
+                raise _at(place, told) from error
+            raise Unreachable(f"{place} died while it started: {report.splitlines()[-1]}") from error
         ready(plan)
 
     async def _stop(self, handle: Any, drain_s: float) -> None:
@@ -121,8 +123,12 @@ def _cause(error: RayTaskError, plan: WorkerPlan) -> MobulaError:
     cause = error.cause
     if not isinstance(cause, MobulaError):
         return Unreachable(f"{_names(plan)}: {type(cause).__name__}: {cause}")
-    cause.args = (f"{_names(plan)}: {cause}",)
-    return cause
+    return _at(_names(plan), cause)
+
+
+def _at(place: str, error: MobulaError) -> MobulaError:
+    error.args = (f"{place}: {error}",)
+    return error
 
 
 def _names(plan: WorkerPlan) -> str:

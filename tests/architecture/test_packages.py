@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -36,6 +38,37 @@ def test_every_package_is_installed_and_checked() -> None:
     found = {pattern.rstrip("*") for pattern in config["tool"]["setuptools"]["packages"]["find"]["include"]}
     assert found >= set(PACKAGES)
     assert set(config["tool"]["ruff"]["lint"]["isort"]["known-first-party"]) >= set(PACKAGES)
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def canonical(distribution: str) -> str:
+    """As package indexes compare names; extras and bounds are left out."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", distribution)[0]).lower()
+
+
+def test_every_third_party_import_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [names for extra, names in project["optional-dependencies"].items() if extra != "dev"]
+    declared = {canonical(name) for names in (project["dependencies"], *extras) for name in names}
+    providers = importlib.metadata.packages_distributions()
+    ours = {*PACKAGES, *sys.stdlib_module_names}
+    undeclared = {
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in sources(*PACKAGES)
+        for module in imported(path) - ours
+        if not declared & {canonical(name) for name in providers.get(module, [module])}
+    }
+    assert not undeclared
 
 
 @pytest.mark.parametrize("path", sources(*PURE), ids=lambda path: str(path.relative_to(ROOT)))

@@ -18,10 +18,10 @@ from cluster.kv import KvLayout
 from cluster.performance import PerformanceModel
 from cluster.request import Request
 from tests.workers.torch_engine.tiny import CONFIGS, Stepped, prompt, request, save_model
+from workers.engines.block_pool import BlockPool
 from workers.engines.emulated import EmulatedEngine
 from workers.engines.engine import KvImport, StepOutput, Submission
 from workers.engines.step_driver import ManualDriver
-from workers.engines.torch_engine.block_pool import BlockPool
 
 TIGHT = {"kv_blocks": 14, "block_tokens": 4, "max_running": 4, "step_budget_tokens": 9}
 STEM = prompt(24)

@@ -1,11 +1,13 @@
 """Claims about cluster.yaml: what it expands to, and what is refused in which words."""
 
+import contextlib
 import json
 import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from cluster.errors import InvalidConfig
@@ -34,6 +36,8 @@ def write(tmp_path: Path):
     (tmp_path / "tiny/tokenizer.json").write_text("{}")
     save_file({"w": np.zeros(64, np.float32)}, tmp_path / "tiny/model.safetensors")
 
+    (tmp_path / "blank").write_text(" \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
     (tmp_path / "junk").mkdir()
     for name in ("ca.pem", "cert.pem", "key.pem"):
         (tmp_path / "junk" / name).write_text("junk")
@@ -99,6 +103,8 @@ REFUSED = {
     "keys file missing": ("allow_anonymous: true", "keys_file: no.keys", "no.keys is no file"),
     "not loopback": ("gateway: {", "gateway: {host: 0.0.0.0, ", "gateway.host 0.0.0.0 is no loopback address"),
     "tls incomplete": ("gateway:", "transport: {tls_dir: tiny}\ngateway:", "lacks ca.pem"),
+    "empty secret": ("gateway:", "transport: {secret_file: blank}\ngateway:", "/blank is empty"),
+    "a secret that is no text": ("gateway:", "transport: {secret_file: binary}\ngateway:", "/binary cannot be read: 'utf-8' codec"),
     "secret missing": ("gateway:", "transport: {secret_file: none.txt}\ngateway:", "is no file"),
     "no throughput": ("gateway:", "transport: {kv_bytes_per_s: 0}\ngateway:", "kv_bytes_per_s 0.0 is not a finite number above 0"),
     "model missing": ("path: tiny", "path: ./absent", "absent is no directory"),
@@ -108,7 +114,9 @@ REFUSED = {
     "more KV than the accelerator that is played": ("count: 3, kv_blocks: 64", "count: 3, engine: emulated, kv_blocks: 40000", "above 80000000000, the memory of 1 x a100-80g"),
     "a model above the accelerator that is played": ("shape: llama-3.1-8b, accelerator: h100", "shape: llama-3.1-70b, accelerator: h100", "replicas[0]: 64 kv_blocks of llama-3.1-70b are"),
     "block sizes that cannot be handed over": ("count: 3,", "count: 3, block_tokens: 32,", "block_tokens is 16 in replicas[0] but 32 in replicas[1]"),
-    "types that cannot be handed over": ("count: 3,", "count: 3, dtype: bfloat16,", "dtype is float32 in replicas[0] but bfloat16 in replicas[1]"),
+    "types that cannot be handed over": ("count: 3,", "count: 3, engine: emulated, dtype: bfloat16,", "dtype is float32 in replicas[0] but bfloat16 in replicas[1]"),
+    "a type that a CPU does not compute in": ("count: 3,", "count: 3, dtype: bfloat16,", "replicas[1].dtype 'bfloat16' on cpu: only float32 is reliable there"),
+    "heads that do not divide": ("accelerator: h100}}", "accelerator: h100, tensor_parallel: 3}}", "replicas[0].pace.tensor_parallel 3 does not divide 32, the heads of llama-3.1-8b"),
     "key given twice": ("gateway:", "name: other\ngateway:", "key `name` is given 2 times"),
     "unknown key in a mapping": ("gateway:", "slo: {gold: {ttft: 1}}\ngateway:", "unknown key `slo.gold.ttft`; did you mean ttft_s"),
     "negative SLO": ("gateway:", "slo: {gold: {ttft_s: -1}}\ngateway:", "slo.gold.ttft_s -1.0 is not a finite number above 0"),
@@ -117,7 +125,7 @@ REFUSED = {
     "too many threads": ("count: 3,", "count: 3, threads: 100000,", "replicas[1].threads 100000 is above 1024"),
     "model name with a line break": ("{name: tiny,", '{name: "a\\nb",', "models[0].name 'a\\nb' is not 1 to 200 characters without spaces"),
     "certificates that are none": ("gateway:", "transport: {tls_dir: junk}\ngateway:", "do not load"),
-    "a router that is none": ("gateway:", "routing: {use: 'os:getcwd'}\ngateway:", "'os:getcwd' makes no Router: str has no method route"),
+    "a router that is none": ("gateway:", "routing: {use: 'os:getcwd'}\ngateway:", "'os:getcwd' makes str, which is no policies.policy.Router"),
     "a date that is none": ("name: demo", "name: 2020-13-45", "is no YAML: month must be in 1..12"),
     "no YAML": ("models: [", "models: [[", "is no YAML"),
 }  # fmt: skip
@@ -140,6 +148,15 @@ def test_a_port_that_is_taken_is_refused(write):
         port = taken.getsockname()[1]
         with pytest.raises(InvalidConfig, match=f"gateway.port {port} on 127.0.0.1 cannot be had"):
             read_fleet(write(GOOD.replace("PORT", str(port))))
+
+
+@pytest.mark.parametrize(("cuda", "here", "refused"), [(False, True, True), (False, False, False), (True, True, False)])
+def test_cuda_is_refused_where_the_machine_that_runs_it_has_none(write, monkeypatch, cuda: bool, here: bool, refused: bool):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    path = write(GOOD.replace("role: decode,", "role: decode, device: cuda,"))
+    expected = pytest.raises(InvalidConfig, match=r"replicas\[1\].device cuda: there is no CUDA device on this machine")
+    with expected if refused else contextlib.nullcontext():
+        check_fleet(path, load_fleet(path), here=here)
 
 
 def test_weights_count_towards_the_memory_of_each_node(write):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -28,17 +29,22 @@ def model_dir(tmp_path_factory) -> Path:
     return path
 
 
+def trusting(tls_dir: Path | None) -> ssl.SSLContext:
+    """A client's context that knows this directory's authority."""
+    return ssl.create_default_context(cafile=tls_dir and tls_dir / "ca.pem")
+
+
 class Served:
     """A gateway on a free port over a fake fleet, and a client of it."""
 
-    def __init__(self, fleet: FakeFleet, server: GatewayServer, app) -> None:
+    def __init__(self, fleet: FakeFleet, server: GatewayServer, app, tls_dir: Path | None) -> None:
         self.fleet = fleet
         self.server = server
         self.app = app
         self.gateway = app.state.gateway
-        self.url = f"http://127.0.0.1:{server.port}"
+        self.url = f"{'https' if tls_dir else 'http'}://127.0.0.1:{server.port}"
         self.client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-        self.http = httpx.AsyncClient(base_url=self.url, timeout=10.0)
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=10.0, verify=trusting(tls_dir))
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(5):
@@ -47,7 +53,9 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def serving(model_dir: Path, fleet: FakeFleet, *, publish: bool = True, **settings) -> AsyncIterator[Served]:
+async def serving(
+    model_dir: Path, fleet: FakeFleet, *, publish: bool = True, tls_dir: Path | None = None, **settings
+) -> AsyncIterator[Served]:
     if "keys_file" not in settings:
         settings["allow_anonymous"] = True
     spec = GatewaySpec(**{"port": 0, "silence_s": 0.3, "queue_timeout_s": 5.0, **settings})
@@ -59,10 +67,10 @@ async def serving(model_dir: Path, fleet: FakeFleet, *, publish: bool = True, **
         router=PredictedLatencyRouter(),
         slos={"default": Slo(ttft_s=1.0, tpot_s=0.1), "batch": Slo()},
     )
-    server = GatewayServer(app, spec, drain_s=5)
+    server = GatewayServer(app, spec, tls_dir=tls_dir and str(tls_dir), drain_s=5)
     serve = asyncio.create_task(server.serve())
     reports = asyncio.create_task(fleet.report_all())
-    served = Served(fleet, server, app)
+    served = Served(fleet, server, app, tls_dir)
     await served.until(lambda: server.started)
     if publish:
         fleet.publish()

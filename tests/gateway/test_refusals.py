@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import socket
+import time
 
 import msgspec
 import openai
@@ -62,6 +63,8 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "a"}]}
         ("completions", OK | {"logit_bias": {"1": 5}}, 400, "logit_bias", "unsupported_parameter"),
         ("completions", OK | {"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_value"),
         ("completions", OK | {"slo_class": "gold"}, 400, "slo_class", "invalid_value"),
+        ("completions", OK | {"timeout_s": 0}, 400, "timeout_s", "invalid_value"),
+        ("completions", OK | {"timeout_s": 3601}, 400, "timeout_s", "invalid_value"),
         ("completions", OK | {"priority": 101}, 400, "priority", "invalid_value"),
         ("completions", OK | {"tempreature": 1}, 400, "tempreature", "unknown_parameter"),
         ("chat/completions", CHAT | {"messages": []}, 400, "messages", "invalid_value"),
@@ -296,7 +299,36 @@ async def test_who_waits_for_a_model_whose_replicas_are_gone_is_told_so(serve):
         refused = done.pop().result()
         await asyncio.wait(asked)
     assert refused.status_code == 503
-    assert refused.json()["error"]["message"] == f"no replica of {MODEL} was ready for 0.5 s, as long as a request may wait"
+    assert refused.json()["error"]["message"] == f"no replica of {MODEL} is ready"
+
+
+async def test_who_has_no_token_by_its_own_deadline_is_told_so_wherever_it_waited(serve):
+    fleet = FakeFleet("a", max_running=1)
+    fleet.workers["a"].hold = asyncio.Event()
+    async with serve(fleet) as served:
+        held = asyncio.create_task(served.http.post("/v1/completions", json=OK))
+        await asyncio.wait_for(fleet.workers["a"].submitted.wait(), 5)
+        queued = await served.http.post("/v1/completions", json=OK | {"timeout_s": 0.1})
+        fleet.workers["a"].hold.set()
+        await held
+    assert queued.status_code == 408
+    assert queued.json()["error"]["code"] == "deadline_exceeded"
+
+
+async def test_a_deadline_reaches_the_engine_and_its_word_the_client(serve):
+    fleet = FakeFleet("a")
+    worker = fleet.workers["a"]
+    worker.hold = asyncio.Event()
+    async with serve(fleet) as served:
+        asked = asyncio.create_task(served.http.post("/v1/completions", json=OK | {"timeout_s": 0.05}))
+        await asyncio.wait_for(worker.submitted.wait(), 5)
+        request = worker.submits[0].request
+        assert request.deadline_s == pytest.approx(request.arrival_s + 0.05)
+        await served.until(lambda: time.time() > request.deadline_s)
+        late = Token(request_id=request.request_id, attempt=0, index=0, finish="error", error="late by 0.1 s", retry=False)
+        worker.tokens(late)
+        answer = await asked
+    assert (answer.status_code, answer.json()["error"]["message"]) == (408, "late by 0.1 s")
 
 
 async def test_the_queues_depth_is_told_while_requests_wait_and_after(serve):

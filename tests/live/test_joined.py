@@ -1,7 +1,5 @@
-"""`mobula up --address`: a fleet in somebody else's Ray, its transports under TLS, which `mobula down` leaves as it was."""
+"""`mobula up --address`: a fleet in somebody else's Ray, its gateway and transports under TLS, and the Ray left as it was."""
 
-import datetime
-import ipaddress
 import os
 import secrets
 import shutil
@@ -12,43 +10,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import msgspec
 import psutil
 import pytest
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from cli.fleet_home import Record
 from cli.joined_ray import ENVIRONMENT
+from tests.certificates import write_certificates
 from tests.live.conftest import START_TIMEOUT_S, LiveFleet, eventually, free_port, mobula
 
 END_S = 60
-
-
-def write_certificates(directory: Path) -> None:
-    """An authority and one certificate for 127.0.0.1, which gateway and workers show each other."""
-    now = datetime.datetime.now(datetime.UTC)
-    validity = now - datetime.timedelta(hours=1), now + datetime.timedelta(days=1)
-    authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    authority_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-
-    def builder(subject: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        built = x509.CertificateBuilder().issuer_name(authority_name).subject_name(subject).public_key(public_key)
-        return built.serial_number(x509.random_serial_number()).not_valid_before(validity[0]).not_valid_after(validity[1])
-
-    authority = builder(authority_name, authority_key.public_key())
-    authority = authority.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mobula")])
-    certificate = builder(subject, key.public_key()).add_extension(address, critical=False)
-    pem = serialization.Encoding.PEM
-    (directory / "ca.pem").write_bytes(authority.sign(authority_key, hashes.SHA256()).public_bytes(pem))
-    (directory / "cert.pem").write_bytes(certificate.sign(authority_key, hashes.SHA256()).public_bytes(pem))
-    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    (directory / "key.pem").write_bytes(key.private_bytes(pem, *plain))
 
 
 @pytest.fixture
@@ -97,9 +70,10 @@ def write_config(directory: Path, model_dir: Path, **more: object) -> Path:
 
 
 @pytest.mark.timeout(2 * START_TIMEOUT_S)
-def test_a_joined_fleet_serves_under_tls_and_leaves_the_ray_as_it_was(ray_cluster, tmp_path, model_dir):
+def test_a_joined_fleet_serves_under_tls_and_leaves_the_ray_as_it_was(ray_cluster, tmp_path, model_dir, monkeypatch):
     address, holder = ray_cluster
     write_certificates(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     config = write_config(tmp_path, model_dir, transport={"tls_dir": "."})
     before = ours(holder)
     up = mobula("up", "-f", str(config), "--address", address, home=tmp_path)
@@ -107,7 +81,24 @@ def test_a_joined_fleet_serves_under_tls_and_leaves_the_ray_as_it_was(ray_cluste
     joined = LiveFleet(name="joined", url=up.stdout.strip(), home=tmp_path, model=model_dir)
     said = joined.client().completions.create(model="tiny", prompt=[5] * 40, max_tokens=8, extra_body={"ignore_eos": True})
     assert said.usage.completion_tokens == 8
+    (own,) = joined.status()["gateways"]
+    for url in (joined.url, own):
+        assert httpx.get(f"{url}/health", timeout=10).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/health".replace("https:", "http:"), timeout=10)
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 16, "output_length": 4, "hash_ids": [0]}\n')
+    replayed = mobula("replay", str(trace), "--url", joined.url, home=tmp_path)
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
     assert {row["role"] for row in joined.replicas()} == {"prefill", "decode"}
+
+    port = int(joined.url.rsplit(":", 1)[1])
+    write_config(tmp_path, model_dir, name="second", gateway={"port": port, "allow_anonymous": True})
+    second = mobula("up", "-f", str(config), "--address", address, home=tmp_path)
+    assert (second.returncode, second.stdout) == (2, "")
+    assert f"gateway.port {port} on 127.0.0.1 is taken by another program" in second.stderr
+    assert "cluster.errors" not in second.stderr
+    assert httpx.get(f"{joined.url}/health", timeout=10).status_code == 200
 
     assert mobula("down", "joined", home=tmp_path).returncode == 0
     assert holder.is_running()

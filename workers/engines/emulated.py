@@ -24,11 +24,11 @@ from cluster.errors import InvalidRequest, Overloaded, Unreachable
 from cluster.handoff import RequestState, Token
 from cluster.kv import BLOCK_TOKENS, KvEvent, KvLayout, KvNamespace, blocks_for
 from cluster.performance import PerformanceModel, causal_pairs
+from workers.engines.block_pool import BlockPool
 from workers.engines.emulated_kv import ReservedImport, Sender
 from workers.engines.emulated_request import Sequence, Vocabulary, rank_of
 from workers.engines.engine import EngineCapabilities, EngineLimits, EngineLoad, KvExport, KvImport, Sink, StepOutput, Submission
 from workers.engines.step_driver import Driver
-from workers.engines.torch_engine.block_pool import BlockPool
 
 log = logging.getLogger(__name__)
 

@@ -86,6 +86,7 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Sink = Callable[[StepOutput], None]
+"""Called on the engine's thread, and on that of whoever commits an import, for its first token."""
 
 
 def due_s(request: Request, generated: Sequence[int], now_s: float) -> float:

@@ -110,6 +110,14 @@ async def test_a_worker_that_dies_while_it_starts_is_named_with_its_node(started
         await started(FakeActor(RayActorError()), FakeActor())
 
 
+async def test_what_a_worker_could_not_be_built_with_is_told_as_its_own_error(started):
+    report = (
+        "The actor died: ray::WorkerProcess.__init__()\n  File x, line 1\ncluster.errors.InvalidConfig: the shared secret is empty"
+    )
+    with pytest.raises(InvalidConfig, match=r"^worker-0 on node a: the shared secret is empty$"):
+        await started(FakeActor(RayActorError(error_msg=report)), FakeActor())
+
+
 async def test_workers_that_never_get_ready_are_bounded(started):
     stuck = FakeActor(asyncio.Event().wait)
     with pytest.raises(Unreachable, match=r"workers: not all of 2 were ready within 0 s"):

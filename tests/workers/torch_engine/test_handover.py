@@ -131,6 +131,18 @@ def test_a_first_token_that_ends_the_request_is_passed_on(stepped):
     assert target.engine.load().kv_blocks_used == 0
 
 
+def test_a_first_token_is_told_before_any_step(stepped):
+    asked = request(prompt(20), 8)
+    expected = stepped().generate(asked)[0]
+    source, target, carrier = stepped(), stepped(), Carrier()
+    source.engine.prefill(Submission(request=asked), 0, carrier)
+    source.drain()
+    hand_over(carrier, target, Submission(request=asked))
+    assert target.ids(asked.request_id) == expected[:1]
+    target.drain()
+    assert target.ids(asked.request_id) == expected
+
+
 def test_an_export_that_raises_fails_alone(stepped):
     class Broken(Carrier):
         def layer(self, layer: int, first_token: int, kv: np.ndarray) -> None:

@@ -23,10 +23,10 @@ from cluster.handoff import RequestState, Token
 from cluster.kv import BLOCK_TOKENS, KvEvent, KvLayout, KvNamespace, block_hashes, blocks_for
 from cluster.performance import PerformanceModel
 from cluster.request import Request
+from workers.engines.block_pool import BlockPool
 from workers.engines.detokenizer import Detokenizer
 from workers.engines.engine import EngineCapabilities, EngineLimits, EngineLoad, KvExport, KvImport, Sink, StepOutput, Submission
 from workers.engines.torch_engine.attention import Span, StepAttention
-from workers.engines.torch_engine.block_pool import BlockPool
 from workers.engines.torch_engine.handover import PromptExport, ReservedImport
 from workers.engines.torch_engine.kv_tensors import KvTensors
 from workers.engines.torch_engine.loading import load
@@ -336,13 +336,16 @@ class TorchEngine:
             events = self._pool.take_events()
             handed_over, self._handed_over = self._handed_over, []
         if tokens or events:
-            try:
-                self._sink(StepOutput(tokens=tuple(tokens), kv_events=events))
-            except Exception:
-                log.exception("the sink refused %d tokens", len(tokens))
+            self._say(tuple(tokens), events)
         for tell in handed_over:
             tell()
         return bool(tokens or events or handed_over)
+
+    def _say(self, tokens: tuple[Token, ...], events: tuple[KvEvent, ...]) -> None:
+        try:
+            self._sink(StepOutput(tokens=tokens, kv_events=events))
+        except Exception:
+            log.exception("the sink refused %d tokens", len(tokens))
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
@@ -498,6 +501,11 @@ class TorchEngine:
         transfer_s = time.monotonic() - reserved_s
         with self._lock:
             self._refuse_when_stopped()
+        if state.first is not None:
+            # At once, and not after the step under way: it is there, and the engine cannot have said more of this request yet.
+            self._say((_as_shown_here(state.first, attempt, transfer_s),), ())
+        with self._lock:
+            self._refuse_when_stopped()
             self._register(sequence)
             sequence.take(blocks)
             sequence.shared_blocks = found
@@ -506,10 +514,8 @@ class TorchEngine:
             self._scheduler.reserved -= 1
             self._scheduler.adopt(sequence)
             self._scheduler.computed(Work(sequence, state.kv_tokens))
-            if state.first is not None:
-                self._outbox.append(_as_shown_here(state.first, attempt, transfer_s))
-                if state.first.finish is not None:
-                    self._drop(sequence)
+            if state.first is not None and state.first.finish is not None:
+                self._drop(sequence)
             self._wake()
 
     # Warming.

@@ -16,9 +16,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils.logging import disable_progress_bar
 
-from cluster.errors import InvalidConfig, InvalidModel
-from cluster.kv import DTYPE_BYTES, KvLayout, blocks_for
-from workers.checkpoint import check_files
+from cluster.errors import InvalidModel
+from cluster.kv import KvLayout, blocks_for
+from workers.checkpoint import check_dtype, check_files
 from workers.engines.detokenizer import token_table
 from workers.engines.torch_engine import attention
 from workers.engines.torch_engine.attention import Span, StepAttention
@@ -44,7 +44,7 @@ class Checkpoint(NamedTuple):
 def load(path: str, *, block_tokens: int, dtype: str, device: torch.device) -> Checkpoint:
     """Raises InvalidModel, naming the file or the feature at fault, or InvalidConfig."""
     directory = Path(path)
-    _check_dtype(dtype, device)
+    check_dtype(dtype, device.type)
     config = _config(directory)
     _refuse_unsupported(config, directory)
     check_files(directory)
@@ -63,14 +63,6 @@ def load(path: str, *, block_tokens: int, dtype: str, device: torch.device) -> C
         context_tokens=config.max_position_embeddings,
         vocabulary=config.vocab_size,
     )
-
-
-def _check_dtype(dtype: str, device: torch.device) -> None:
-    known = [name for name in DTYPE_BYTES if not name.startswith("float8")]
-    if dtype not in known:
-        raise InvalidConfig(f"dtype {dtype!r} is none of {', '.join(known)}")
-    if device.type == "cpu" and dtype != "float32":
-        raise InvalidConfig(f"dtype {dtype!r} on cpu: only float32 is reliable there")
 
 
 def _config(directory: Path) -> PretrainedConfig:

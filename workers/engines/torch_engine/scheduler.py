@@ -12,7 +12,7 @@ from bisect import insort
 from typing import NamedTuple
 
 from cluster.kv import blocks_for
-from workers.engines.torch_engine.block_pool import BlockPool
+from workers.engines.block_pool import BlockPool
 from workers.engines.torch_engine.sequence import Sequence
 
 

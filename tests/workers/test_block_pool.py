@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cluster.kv import KvNamespace, KvRemoved, KvStored, block_hashes
-from workers.engines.torch_engine.block_pool import BlockPool
+from workers.engines.block_pool import BlockPool
 
 BLOCKS, SIZE = 8, 2
 NAMESPACE = KvNamespace(model="m", block_tokens=SIZE)

@@ -2,7 +2,7 @@
 
 A block is free (nobody holds it, nothing worth keeping in it), held (by one request or more), or cached (nobody holds it, but
 its prefix may be asked for again). Cached blocks count as free: they are evicted, least recently used first, when the free ones
-run out. Bookkeeping only, and not thread-safe: the tensors are in `kv_tensors`, the lock in `engine`.
+run out. Bookkeeping only, without tensors, and not thread-safe: each engine has a lock of its own.
 """
 
 from __future__ import annotations
