@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -113,16 +113,6 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
 
 
 _KINDS = {"counter": Counter, "gauge": Gauge}
-
-
-def samples(registry: CollectorRegistry, names: Container[str], **own: str) -> tuple[Sample, ...]:
-    """What a registry exports under these names now. `own`: labels that tell the process apart."""
-    return tuple(
-        Sample(one.name, tuple(sorted({**one.labels, **own}.items())), one.value)
-        for metric in registry.collect()
-        for one in metric.samples
-        if one.name in names
-    )
 
 
 def exporter(metrics: Iterable[Metric], registry: CollectorRegistry) -> Mapping[str, Counter | Gauge | Histogram]:
