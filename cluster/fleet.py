@@ -7,7 +7,6 @@ from typing import Any, Literal
 import msgspec
 
 from cluster.kv import BLOCK_TOKENS
-from cluster.node import Market
 from cluster.replica import Role
 from cluster.slo import Slo
 
@@ -34,13 +33,6 @@ class NodeSpec(_Spec, frozen=True, kw_only=True):
     accelerator: str = "cpu"
     """A name in `cluster.hardware`."""
     cpus: float = 2.0
-    slots: int = 8
-    """Replicas it can host: on a machine with accelerators, as many as fit on them."""
-    market: Market = Market.ON_DEMAND
-    zone: str = ""
-    power_domain: str = ""
-    """What it shares a power budget with."""
-    price_usd_per_hour: float = 0.0
 
 
 class Pace(_Spec, frozen=True, kw_only=True):
@@ -60,13 +52,6 @@ class ReplicaGroup(_Spec, frozen=True, kw_only=True):
 
     role: Role
     count: int = 1
-    """How many are started."""
-    min_replicas: int | None = None
-    """The controller never goes below; None is `count`."""
-    max_replicas: int | None = None
-    """The controller never goes above; None is `count`."""
-    startup_s: float = 60.0
-    """Start to READY, believed until one was measured: a minute loads 8B weights from a local disk."""
     model: str = ""
     """Name of a model; may be left out with a single model."""
     engine: Literal["torch", "emulated"] = "torch"
