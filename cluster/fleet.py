@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -102,6 +102,32 @@ class RoutingSpec(_Spec, frozen=True, kw_only=True):
 
     use: str = "policies.routing:PredictedLatencyRouter"
     settings: dict[str, float] = {}
+
+
+class PolicySpec(_Spec, frozen=True, kw_only=True):
+    """A policy or guard: a class by import path, and its fields."""
+
+    use: str
+    settings: dict[str, Any] = {}
+
+
+class PipelineSpec(_Spec, frozen=True, kw_only=True):
+    """How is decided. The order is as given, but that emergency policies go first."""
+
+    policies: tuple[PolicySpec, ...] = (
+        PolicySpec(use="policies.hands:Hands"),
+        PolicySpec(use="policies.disaggregation:Disaggregation"),
+        PolicySpec(use="policies.scaling:Scaling"),
+    )
+    guards: tuple[PolicySpec, ...] = (
+        PolicySpec(use="policies.guards:Paused"),
+        PolicySpec(use="policies.guards:StaleTelemetry"),
+        PolicySpec(use="policies.guards:RateOfChange"),
+        PolicySpec(use="policies.guards:DisruptionBudget"),
+        PolicySpec(use="policies.guards:Capacity"),
+    )
+    expansion: dict[str, Any] = {}
+    """Fields of `policies.expansion.Expansion`."""
 
 
 class TransportSpec(_Spec, frozen=True, kw_only=True):

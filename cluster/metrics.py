@@ -21,6 +21,9 @@ class Metric(msgspec.Struct, frozen=True):
 
 
 GATEWAY_METRICS = (
+    Metric("mobula_arrivals_total", "counter", "Requests that arrived, refused ones among them.", ("model",)),
+    Metric("mobula_arrived_prompt_tokens_total", "counter", "Prompt tokens of requests that arrived.", ("model",)),
+    Metric("mobula_arrived_prompt_tokens_squared_total", "counter", "Sum of their squared prompt lengths.", ("model",)),
     Metric("mobula_requests_total", "counter", "Requests that ended, by how.", ("model", "tenant", "outcome")),
     Metric("mobula_rejections_total", "counter", "Requests refused before they ran, by reason.", ("reason",)),
     Metric("mobula_request_retries_total", "counter", "Attempts after the first, by cause.", ("model", "cause")),
@@ -50,6 +53,33 @@ GATEWAY_METRICS = (
     Metric("mobula_request_output_tokens", "histogram", "Output lengths.", ("model",), TOKEN_BUCKETS),
 )
 
+# The gateway's samples by which a controller judges demand and latency, as they are exported.
+ARRIVALS = "mobula_arrivals_total"
+ARRIVED_TOKENS = "mobula_arrived_prompt_tokens_total"
+ARRIVED_TOKENS_SQUARED = "mobula_arrived_prompt_tokens_squared_total"
+PROMPT_TOKENS = "mobula_prompt_tokens_total"
+CACHED_TOKENS = "mobula_cached_tokens_total"
+OUTPUT_TOKENS = "mobula_output_tokens_total"
+REQUESTS = "mobula_requests_total"
+TTFT = "mobula_ttft_seconds_bucket"
+TPOT = "mobula_tpot_seconds_bucket"
+QUEUED = "mobula_queue_depth"
+IN_FLIGHT = "mobula_requests_in_flight"
+DEMAND_NAMES = (
+    ARRIVALS,
+    ARRIVED_TOKENS,
+    ARRIVED_TOKENS_SQUARED,
+    PROMPT_TOKENS,
+    CACHED_TOKENS,
+    OUTPUT_TOKENS,
+    REQUESTS,
+    TTFT,
+    TPOT,
+    QUEUED,
+    IN_FLIGHT,
+)
+"""What a controller reads of demand and latency."""
+
 REPLICA_METRICS = (
     Metric("mobula_replica_running", "gauge", "Requests decoding.", ("replica", "role")),
     Metric("mobula_replica_waiting", "gauge", "Requests whose prompt is not finished.", ("replica", "role")),
@@ -71,6 +101,16 @@ REPLICA_METRICS = (
     Metric("mobula_replica_transfers_total", "counter", "KV transfers received, by outcome.", ("replica", "role", "outcome")),
     Metric("mobula_replica_transfer_bytes_total", "counter", "KV bytes received.", ("replica", "role")),
 )
+
+
+class Sample(msgspec.Struct, frozen=True, array_like=True):
+    """One exported number at one time, named as Prometheus' text format names it."""
+
+    name: str
+    labels: tuple[tuple[str, str], ...]
+    """By name, in order."""
+    value: float
+
 
 _KINDS = {"counter": Counter, "gauge": Gauge}
 

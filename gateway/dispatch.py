@@ -144,7 +144,7 @@ class Dispatcher:
     def submit(self, generation: Generation) -> None:
         """Accept a generation, or raise Draining, Unreachable, Overloaded or InvalidRequest: then it has ended, rejected."""
         model = generation.request.model
-        self._metrics.arrived(model)
+        self._metrics.arrived(generation.request)
         try:
             self._accept(generation)
         except MobulaError as failure:

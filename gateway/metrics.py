@@ -6,9 +6,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from cluster.errors import MobulaError
 from cluster.metrics import GATEWAY_METRICS, exporter
+from cluster.request import Request
 from gateway.generation import Generation
-
-_HISTOGRAMS = tuple(metric.name for metric in GATEWAY_METRICS if metric.kind == "histogram")
 
 
 class GatewayMetrics:
@@ -21,8 +20,12 @@ class GatewayMetrics:
         """Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def arrived(self, model: str) -> None:
-        self._model(model)["mobula_requests_in_flight"].inc()
+    def arrived(self, request: Request) -> None:
+        row, tokens = self._model(request.model), len(request.prompt)
+        row["mobula_requests_in_flight"].inc()
+        row["mobula_arrivals_total"].inc()
+        row["mobula_arrived_prompt_tokens_total"].inc(tokens)
+        row["mobula_arrived_prompt_tokens_squared_total"].inc(tokens * tokens)
 
     def waiting(self, model: str, count: int) -> None:
         self._model(model)["mobula_queue_depth"].set(count)
@@ -75,6 +78,6 @@ class GatewayMetrics:
     def _model(self, model: str) -> dict:
         row = self._of_model.get(model)
         if row is None:
-            names = (*_HISTOGRAMS, "mobula_requests_in_flight", "mobula_queue_depth", "mobula_cached_tokens_total")
+            names = [metric.name for metric in GATEWAY_METRICS if metric.labels == ("model",)]
             row = self._of_model[model] = {name: self._all[name].labels(model) for name in names}
         return row

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cluster.errors import InvalidConfig
 
 Policy = TypeVar("Policy")
+
+
+def import_class(use: str, *, place: str) -> Any:
+    """The class at `module:Class`. Raises InvalidConfig."""
+    module, _, name = use.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise InvalidConfig(f"{place}.use {use!r} cannot be imported as module:Class: {error}") from error
 
 
 def make_policy(use: str, settings: Mapping[str, object], *, place: str, kind: type[Policy]) -> Policy:
@@ -17,11 +26,7 @@ def make_policy(use: str, settings: Mapping[str, object], *, place: str, kind: t
     place: of the config, where `use` and `settings` stand; kind: the protocol, checkable at run time, that it must follow.
     Raises InvalidConfig.
     """
-    module, _, name = use.partition(":")
-    try:
-        policy = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InvalidConfig(f"{place}.use {use!r} cannot be imported as module:Class: {error}") from error
+    policy = import_class(use, place=place)
     try:
         made = policy(**settings)
     except (TypeError, ValueError) as error:

@@ -268,6 +268,8 @@ async def test_what_is_refused_is_neither_in_flight_nor_charged_but_logged(serve
     assert f'mobula_prompt_tokens_total{{key="anonymous",model="{MODEL}",tenant="default"}} 2.0' in metrics
     assert f'mobula_requests_total{{model="{MODEL}",outcome="rejected",tenant="default"}} 1.0' in metrics
     assert 'mobula_rejections_total{reason="Overloaded"} 1.0' in metrics
+    assert f'mobula_arrivals_total{{model="{MODEL}"}} 2.0' in metrics
+    assert f'mobula_arrived_prompt_tokens_squared_total{{model="{MODEL}"}} 8.0' in metrics
     assert outcomes == ["rejected", "completed"]
 
 

@@ -1,0 +1,223 @@
+"""What was seen, decided and done, pass by pass, in one SQLite file: for restarting, for explaining and for deciding again.
+
+A pass is written before its actions are carried out. Snapshots are frames (`frames.py`): every `KEYFRAME_EVERY` passes a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+
+from cluster.actions import Decision
+from cluster.errors import InvalidTrace
+from cluster.snapshot import ClusterSnapshot
+from controller.frames import decode, encode
+
+SCHEMA = 1  # Rises when a field's meaning changes or one goes; other journals are refused.
+KEYFRAME_EVERY = 60  # Reading one pass decodes at most so many frames.
+MAX_BYTES = 2 * 2**30  # Two days and more of a thousand replicas; the oldest passes go first.
+PRUNE_EVERY = 600  # Passes.
+BUSY_S = 5.0  # A reader holds no lock for longer.
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS journal (schema INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS pipelines (id INTEGER PRIMARY KEY, config TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS passes (
+    number INTEGER PRIMARY KEY, at_s REAL NOT NULL, epoch INTEGER NOT NULL, pipeline INTEGER NOT NULL REFERENCES pipelines,
+    mode TEXT NOT NULL, keyframe INTEGER NOT NULL, changes INTEGER NOT NULL, frame BLOB NOT NULL, decision BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS passes_by_time ON passes (at_s);
+CREATE TABLE IF NOT EXISTS shadows (
+    number INTEGER NOT NULL, name TEXT NOT NULL, decision BLOB NOT NULL, PRIMARY KEY (number, name));
+CREATE TABLE IF NOT EXISTS outcomes (number INTEGER NOT NULL, action INTEGER NOT NULL, at_s REAL NOT NULL, outcome TEXT NOT NULL);
+"""
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one action of a pass."""
+
+    number: int
+    """Of the pass."""
+    action: int
+    """Index among the decision's actions."""
+    at_s: float
+    outcome: str
+    """`done`, or what went wrong."""
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One pass."""
+
+    epoch: int
+    pipeline: str
+    """The effective config of policies and guards, as JSON."""
+    mode: str
+    """`act` or `advise`."""
+    snapshot: ClusterSnapshot
+    decision: Decision
+    shadows: Mapping[str, Decision] = {}
+
+    @property
+    def number(self) -> int:
+        return self.snapshot.pass_number
+
+
+class Journal:
+    """One writer, any number of readers in other processes. Raises OSError where the disk is full or the file is gone."""
+
+    def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES, read_only: bool = False) -> None:
+        """Raises InvalidTrace for a file that is no journal or of another schema."""
+        self._path = path
+        self._max_bytes = max_bytes
+        self._before: ClusterSnapshot | None = None
+        self._since_keyframe = 0
+        try:
+            self._db = _connect(path, read_only)
+            found = self._db.execute("SELECT schema FROM journal").fetchone()
+        except sqlite3.DatabaseError as error:
+            raise InvalidTrace(f"{path} is no journal: {error}") from error
+        if found is None and not read_only:
+            with self._db:
+                self._db.execute("INSERT INTO journal VALUES (?)", (SCHEMA,))
+        elif found is None or found[0] != SCHEMA:
+            raise InvalidTrace(f"{path} is a journal of schema {found and found[0]}; this release reads {SCHEMA}")
+
+    def write(self, entry: Entry) -> None:
+        """The pass is on disk when this returns. After an error the next one is a keyframe, and nothing of this one is left."""
+        whole = self._before is None or self._since_keyframe >= KEYFRAME_EVERY
+        before, self._before = self._before, None
+        frame = encode(entry.snapshot, None if whole else before)
+        with _as_os_error(self._path), self._db:
+            self._db.execute("INSERT OR IGNORE INTO pipelines (config) VALUES (?)", (entry.pipeline,))
+            pipeline = self._db.execute("SELECT id FROM pipelines WHERE config = ?", (entry.pipeline,)).fetchone()[0]
+            self._db.execute(
+                "INSERT INTO passes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    entry.number,
+                    entry.snapshot.now_s,
+                    entry.epoch,
+                    pipeline,
+                    entry.mode,
+                    whole,
+                    len(entry.decision.actions),
+                    frame,
+                    _packed(entry.decision),
+                ),
+            )
+            shadows = [(entry.number, name, _packed(decision)) for name, decision in entry.shadows.items()]
+            self._db.executemany("INSERT INTO shadows VALUES (?, ?, ?)", shadows)
+        self._before = entry.snapshot
+        self._since_keyframe = 1 if whole else self._since_keyframe + 1
+        if entry.number % PRUNE_EVERY == 0:
+            self.prune()
+
+    def add(self, outcome: Outcome) -> None:
+        with _as_os_error(self._path), self._db:
+            row = (outcome.number, outcome.action, outcome.at_s, outcome.outcome)
+            self._db.execute("INSERT INTO outcomes VALUES (?, ?, ?, ?)", row)
+
+    def prune(self) -> None:
+        """Delete the oldest passes, keyframe by keyframe, until the file's content is within its bound."""
+        while self.used_bytes > self._max_bytes:
+            keys = self._db.execute("SELECT number FROM passes WHERE keyframe ORDER BY number LIMIT 2").fetchall()
+            if len(keys) < 2:
+                return
+            with _as_os_error(self._path), self._db:
+                for table in ("passes", "shadows", "outcomes"):
+                    self._db.execute(f"DELETE FROM {table} WHERE number < ?", keys[1])
+                self._db.execute("PRAGMA incremental_vacuum")
+
+    @property
+    def used_bytes(self) -> int:
+        names = ("page_count", "freelist_count", "page_size")
+        pages, free, size = (self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
+        return (pages - free) * size
+
+    def last(self) -> Entry | None:
+        """The latest pass, None in an empty journal."""
+        number = self._db.execute("SELECT max(number) FROM passes").fetchone()[0]
+        return None if number is None else self.entry(number)
+
+    def last_change(self, until_s: float | None = None) -> int | None:
+        """Number of the latest pass that had something done, before a time; None without any."""
+        bound = 1e18 if until_s is None else until_s
+        number: int | None = self._db.execute(
+            "SELECT max(number) FROM passes WHERE changes > 0 AND at_s <= ?", (bound,)
+        ).fetchone()[0]
+        return number
+
+    def at(self, now_s: float) -> int | None:
+        """Number of the pass in force at a time; None before the first."""
+        number: int | None = self._db.execute("SELECT max(number) FROM passes WHERE at_s <= ?", (now_s,)).fetchone()[0]
+        return number
+
+    def entry(self, number: int) -> Entry:
+        """Raises KeyError for a pass that is not here any more, or never was."""
+        for entry in self.entries(number, number):
+            return entry
+        raise KeyError(number)
+
+    def entries(self, first: int = 0, last: int = 2**62) -> Iterator[Entry]:
+        """Passes `first` to `last`, both included, in order."""
+        start = self._db.execute("SELECT max(number) FROM passes WHERE keyframe AND number <= ?", (first,)).fetchone()[0]
+        rows = self._db.execute(
+            "SELECT number, epoch, config, mode, keyframe, frame, decision FROM passes JOIN pipelines ON pipeline = id"
+            " WHERE number BETWEEN ? AND ? ORDER BY number",
+            (first if start is None else start, last),
+        )
+        before: ClusterSnapshot | None = None
+        for number, epoch, pipeline, mode, keyframe, frame, decision in rows:
+            before = decode(frame, None if keyframe else before)
+            if number < first:
+                continue
+            yield Entry(
+                epoch=epoch,
+                pipeline=pipeline,
+                mode=mode,
+                snapshot=before,
+                decision=_unpacked(decision),
+                shadows=self._shadows(number),
+            )
+
+    def outcomes(self, number: int) -> tuple[Outcome, ...]:
+        rows = self._db.execute("SELECT * FROM outcomes WHERE number = ? ORDER BY action, at_s", (number,))
+        return tuple(Outcome(number=row[0], action=row[1], at_s=row[2], outcome=row[3]) for row in rows)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _shadows(self, number: int) -> dict[str, Decision]:
+        rows = self._db.execute("SELECT name, decision FROM shadows WHERE number = ? ORDER BY name", (number,))
+        return {name: _unpacked(decision) for name, decision in rows}
+
+
+def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
+    if read_only:
+        return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_S)
+    db = sqlite3.connect(path, timeout=BUSY_S)
+    db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")  # What was decided must outlive the machine before it is done.
+    db.executescript(_TABLES)
+    return db
+
+
+@contextlib.contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """SQLite's errors as what they are to a caller: the disk's."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OSError(f"journal {path}: {error}") from error
+
+
+def _packed(decision: Decision) -> bytes:
+    return zlib.compress(msgspec.msgpack.encode(decision))
+
+
+def _unpacked(data: bytes) -> Decision:
+    return msgspec.msgpack.decode(zlib.decompress(data), type=Decision)

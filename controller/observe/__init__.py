@@ -1,0 +1,1 @@
+"""What the controller sees: load reports, counters, the inventory of nodes; and the snapshot made of them."""

@@ -1,0 +1,128 @@
+"""From targets to names: which replica starts where, and which one drains. Deterministic, so that replay and explanation cover it.
+
+To remove, take those that do not serve yet, then those on spot nodes, then whoever holds the least KV. To add, take the living
+node with the most room, in the zone that has the fewest of the group; equal ones in the order of their names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from cluster.actions import Action, DrainReplica, Dropped, ScaleRole, StartReplica
+from cluster.node import Market
+from cluster.replica import Phase
+from cluster.snapshot import ClusterSnapshot, Group, ReplicaState
+
+_SERVES_LATER = {Phase.STARTING: 0, Phase.WARMING: 1}
+
+
+class Expansion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The rules."""
+
+    drain_s: float = 60.0
+    """A draining replica may finish its streams for so long; what is left is resumed elsewhere. P99 of an 8B model's answers."""
+    avoid_s: float = 30.0
+    """A node on which a start failed is avoided for so long, twice as long after each further failure."""
+    give_up_after: int = 5
+    """Failed starts within `forget_s` after which a group starts nothing more until one is forgotten."""
+    forget_s: float = 600.0
+
+    def expand(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> tuple[tuple[Action, ...], tuple[Dropped, ...]]:
+        """Each ScaleRole replaced by starts and drains. Others pass, in their order."""
+        room = _Room(snapshot, self.avoided(snapshot))
+        moved = {action.replica_id for action in actions if not isinstance(action, ScaleRole)}
+        expanded: list[Action] = []
+        dropped: list[Dropped] = []
+        for action in actions:
+            if not isinstance(action, ScaleRole):
+                expanded.append(action)
+                continue
+            group = snapshot.group_by_name[action.group]
+            present = [
+                replica for replica in snapshot.replicas_by_group[group.name] if replica.present and replica.replica_id not in moved
+            ]
+            missing = action.replicas - len(present)
+            expanded += self._drains(snapshot, action, present, -missing)
+            starts, why = self._starts(snapshot, action, group, room, missing)
+            expanded += starts
+            if len(starts) < missing:
+                why = f"{missing - len(starts)} of {missing} not started: {why}"
+                dropped.append(Dropped(action=action, by=type(self).__name__, why=why))
+        return tuple(expanded), tuple(dropped)
+
+    def avoided(self, snapshot: ClusterSnapshot) -> frozenset[str]:
+        """Nodes on which a start failed of late."""
+        times: dict[str, list[float]] = {}
+        for failure in snapshot.failed_starts:
+            if snapshot.now_s - failure.at_s < self.forget_s:
+                times.setdefault(failure.node, []).append(failure.at_s)
+        return frozenset(node for node, at in times.items() if snapshot.now_s - max(at) < self.avoid_s * 2.0 ** (len(at) - 1))
+
+    def _starts(
+        self, snapshot: ClusterSnapshot, action: ScaleRole, group: Group, room: _Room, count: int
+    ) -> tuple[list[StartReplica], str]:
+        failures = sum(one.group == group.name and snapshot.now_s - one.at_s < self.forget_s for one in snapshot.failed_starts)
+        if failures >= self.give_up_after:
+            return [], f"{failures} starts failed within {self.forget_s:.0f} s"
+        starts: list[StartReplica] = []
+        for _ in range(count):
+            node = room.take(group)
+            if node is None:
+                return starts, f"pool {group.pool} has no room on a living node that may be used"
+            name = f"{group.role.value}-{group.pool}-{room.number()}"
+            starts.append(StartReplica(replica_id=name, group=group.name, node=node, reason=action.reason, bundle=action.bundle))
+        return starts, ""
+
+    def _drains(
+        self, snapshot: ClusterSnapshot, action: ScaleRole, present: Iterable[ReplicaState], count: int
+    ) -> list[DrainReplica]:
+        leaving = sorted(present, key=lambda replica: removal_order(snapshot, replica))[: max(0, count)]
+        deadline_s = snapshot.now_s + self.drain_s
+        return [
+            DrainReplica(replica_id=one.replica_id, deadline_s=deadline_s, reason=action.reason, bundle=action.bundle)
+            for one in leaving
+        ]
+
+
+def removal_order(snapshot: ClusterSnapshot, replica: ReplicaState) -> tuple[int, bool, bool, int, float, str]:
+    """Sorts first whoever is missed least."""
+    node = snapshot.node_by_name.get(replica.node)
+    return (
+        _SERVES_LATER.get(replica.phase, 2),
+        replica.node not in snapshot.cordoned,
+        node is None or node.market is not Market.SPOT,
+        replica.load.kv_blocks_used if replica.load else 0,
+        -replica.phase_since_s,
+        replica.replica_id,
+    )
+
+
+class _Room:
+    """Places and numbers not yet given away in this pass."""
+
+    def __init__(self, snapshot: ClusterSnapshot, avoided: frozenset[str]) -> None:
+        self._nodes = snapshot.node_by_name
+        self._free = {name: free for name, free in snapshot.free_slots.items() if name not in snapshot.cordoned | avoided}
+        self._next = snapshot.next_replica
+        self._zones: dict[str, Counter[str]] = {}
+        for replica in snapshot.replicas:
+            if replica.present and replica.node in self._nodes:
+                self._zones.setdefault(replica.group, Counter())[self._nodes[replica.node].zone] += 1
+
+    def take(self, group: Group) -> str | None:
+        """The best node for one more of the group, None if there is none."""
+        zones = self._zones.setdefault(group.name, Counter())
+        free = [name for name, room in self._free.items() if room > 0 and self._nodes[name].pool == group.pool]
+        if not free:
+            return None
+        best = min(free, key=lambda name: (zones[self._nodes[name].zone], -self._free[name], name))
+        self._free[best] -= 1
+        zones[self._nodes[best].zone] += 1
+        return best
+
+    def number(self) -> int:
+        self._next += 1
+        return self._next - 1

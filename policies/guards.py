@@ -1,0 +1,149 @@
+"""Limits on what policies propose, in the order in which they are to be applied: hard limits last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from cluster.actions import Action, ChangeRole, Dropped, ScaleRole
+from cluster.replica import Phase
+from cluster.snapshot import ClusterSnapshot
+from policies.policy import Verdict
+
+
+class Paused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An operator's pause stops everything; what is lost meanwhile is replaced, since targets stay."""
+
+    def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
+        author = next((hold.author for hold in snapshot.holds if hold.kind == "pause"), None)
+        if author is None:
+            return Verdict(actions=tuple(actions))
+        return _each(actions, "Paused", lambda action: _held(snapshot, action, f"paused by {author}"))
+
+
+class StaleTelemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is not known any more is not acted upon: the target in force stays."""
+
+    stale_s: float = 15.0
+    """Age of a model's workload at which it is stale: three buckets of 5 s."""
+
+    def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
+        return _each(actions, "StaleTelemetry", lambda action: self._of(snapshot, action))
+
+    def _of(self, snapshot: ClusterSnapshot, action: Action) -> tuple[Action | None, str]:
+        if not isinstance(action, ScaleRole | ChangeRole):
+            return action, ""
+        group = snapshot.group_by_name[action.group if isinstance(action, ScaleRole) else action.source]
+        workload = snapshot.workload_by_model.get(group.model)
+        if workload is None or workload.age_s <= self.stale_s:
+            return action, ""
+        return _held(snapshot, action, f"telemetry of {group.model} is {workload.age_s:.0f} s old, above {self.stale_s:.0f} s")
+
+
+class RateOfChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """No leaps on one reading: a step has a size, and steps down have a distance."""
+
+    up_share: float = 1.0
+    """Of the target, at one step up. Doubling each second reaches any size before the first newcomer is ready."""
+    up_least: int = 4
+    """Replicas that a step up may always add."""
+    down_share: float = 0.25
+    """Of the target, at one step down: the rest of the fleet must take over the streams that are resumed."""
+    down_every_s: float = 15.0
+    """Between two steps down of one group."""
+
+    def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
+        return _each(actions, "RateOfChange", lambda action: self._of(snapshot, action))
+
+    def _of(self, snapshot: ClusterSnapshot, action: Action) -> tuple[Action | None, str]:
+        if not isinstance(action, ScaleRole):
+            return action, ""
+        group = snapshot.group_by_name[action.group]
+        most = group.wanted + max(self.up_least, math.floor(group.wanted * self.up_share))
+        if action.replicas > most:
+            return _with(action, most), f"{action.replicas} is above {most}, one step up from {group.wanted}"
+        if action.replicas >= group.wanted:
+            return action, ""
+        if group.changed_down_s is not None and snapshot.now_s - group.changed_down_s < self.down_every_s:
+            ago_s = snapshot.now_s - group.changed_down_s
+            return _with(action, group.wanted), f"the last step down was {ago_s:.0f} s ago, below {self.down_every_s:.0f} s"
+        least = group.wanted - max(1, math.floor(group.wanted * self.down_share))
+        if action.replicas < least:
+            return _with(action, least), f"{action.replicas} is below {least}, one step down from {group.wanted}"
+        return action, ""
+
+
+class DisruptionBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Only so many replicas of a group may be leaving at one time."""
+
+    leaving_share: float = 0.34
+    """Of the group's target; at least one may always leave."""
+
+    def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
+        return _each(actions, "DisruptionBudget", lambda action: self._of(snapshot, action))
+
+    def _of(self, snapshot: ClusterSnapshot, action: Action) -> tuple[Action | None, str]:
+        if not isinstance(action, ScaleRole | ChangeRole):
+            return action, ""
+        group = snapshot.group_by_name[action.group if isinstance(action, ScaleRole) else action.source]
+        leaving = sum(replica.phase is Phase.DRAINING for replica in snapshot.replicas_by_group[group.name])
+        most = max(1, math.floor(group.wanted * self.leaving_share))
+        room = max(0, most - leaving)
+        why = f"{leaving} of {group.name} are leaving and {most} may"
+        if isinstance(action, ChangeRole):
+            return (action, "") if room > 0 else (None, why)
+        least = group.wanted - room
+        return (action, "") if action.replicas >= least else (_with(action, least), why)
+
+
+class Capacity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The pool's places, and the group's own limits, beat every wish. Groups of one pool are served in the order of the actions."""
+
+    def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
+        places = {pool: sum(node.slots for node in snapshot.nodes if node.pool == pool and node.alive) for pool in _pools(snapshot)}
+        for group in snapshot.groups:
+            places[group.pool] -= group.wanted
+
+        def fit(action: Action) -> tuple[Action | None, str]:
+            if not isinstance(action, ScaleRole):
+                return action, ""
+            group = snapshot.group_by_name[action.group]
+            most = max(min(group.wanted, action.replicas), group.wanted + max(0, places[group.pool]))
+            granted = min(action.replicas, most)
+            places[group.pool] -= max(0, granted - group.wanted)
+            if granted < action.replicas:
+                return _with(action, granted), f"pool {group.pool} has room for {granted} of {action.replicas}"
+            return action, ""
+
+        return _each(actions, "Capacity", fit)
+
+
+def _pools(snapshot: ClusterSnapshot) -> set[str]:
+    return {node.pool for node in snapshot.nodes} | {group.pool for group in snapshot.groups}
+
+
+def _held(snapshot: ClusterSnapshot, action: Action, why: str) -> tuple[Action | None, str]:
+    """The target in force instead of a new one; nothing instead of anything else."""
+    if not isinstance(action, ScaleRole):
+        return None, why
+    wanted = snapshot.group_by_name[action.group].wanted
+    return _with(action, wanted), why if wanted != action.replicas else ""
+
+
+def _with(action: ScaleRole, replicas: int) -> ScaleRole:
+    return msgspec.structs.replace(action, replicas=replicas)
+
+
+def _each(actions: Sequence[Action], by: str, limit: Callable[[Action], tuple[Action | None, str]]) -> Verdict:
+    """`limit` answers with what may pass, if anything, and why it is less than was asked; an empty why means that it is not."""
+    passed: list[Action] = []
+    dropped: list[Dropped] = []
+    for action in actions:
+        allowed, why = limit(action)
+        if allowed is not None:
+            passed.append(allowed)
+        if why:
+            dropped.append(Dropped(action=action, by=by, why=why))
+    return Verdict(actions=tuple(passed), dropped=tuple(dropped))

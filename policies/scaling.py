@@ -1,0 +1,132 @@
+"""How many replicas of each group: up for what a sure rise needs once a newcomer is ready, down for what a sure fall left.
+
+Between the two nothing happens, which is what keeps a constant load still: to go down, the busiest minute of the last few, its
+upper bound and a margin more, must fit on fewer; to go up, a lower bound must not fit on what there is.
+"""
+
+from __future__ import annotations
+
+import datetime
+import zoneinfo
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from cluster.actions import Action, Reason, ScaleRole
+from cluster.snapshot import ClusterSnapshot, Group, Workload
+from policies import levers
+from policies.flow import Flow, Window, fallen, reaches_back, risen
+from policies.shares import fits_of, shares
+from policies.sizing import Bounds, smallest
+
+
+class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Other limits for a part of the week."""
+
+    group: str
+    days: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)
+    """Monday is 0."""
+    start: str
+    """HH:MM on the wall clock of `timezone`."""
+    end: str
+    """HH:MM; before `start` it means the next day."""
+    timezone: str = "UTC"
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+
+    def covers(self, now_s: float) -> bool:
+        now = datetime.datetime.fromtimestamp(now_s, zoneinfo.ZoneInfo(self.timezone))
+        minute = now.hour * 60 + now.minute
+        start, end = _minute(self.start), _minute(self.end)
+        if start <= end:
+            return now.weekday() in self.days and start <= minute < end
+        return (now.weekday() in self.days and minute >= start) or ((now.weekday() - 1) % 7 in self.days and minute < end)
+
+
+class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The policy."""
+
+    window: Window = Window()
+    bounds: Bounds = Bounds()
+    down_margin: float = 1.1
+    """Times the fallen flow's upper bound the smaller number must still carry: the model's own error is 5 to 12 % on H100."""
+    settle_s: float = 30.0
+    """After the target rose it does not fall for so long: what was started has not yet shown its effect."""
+    backlog_s: float = 10.0
+    """Time in which requests that queue are to be worked off."""
+    schedules: tuple[Schedule, ...] = ()
+    emergency: bool = False
+
+    def decide(self, snapshot: ClusterSnapshot, accepted: Sequence[Action]) -> Sequence[Action]:
+        parts = {workload.model: self._shares(snapshot, workload) for workload in snapshot.workloads}
+        return [self._scale(snapshot, group, parts.get(group.model, {}).get(group.name, 0.0)) for group in snapshot.groups]
+
+    def _scale(self, snapshot: ClusterSnapshot, group: Group, share: float) -> ScaleRole:
+        low, high = self.limits(group, snapshot.now_s)
+        workload = snapshot.workload_by_model.get(group.model)
+        if workload is None or group.performance is None:
+            unknown = "what a replica can do" if workload else f"the demand of {group.model}"
+            return _target(group, _clamp(group.wanted, low, high), f"{unknown} is not known yet", {})
+        up = self.rise(workload, group.startup_s).times(share)
+        down = fallen(workload, self.window).times(share * self.down_margin)
+        carries_rise = fits_of(snapshot, group, up, workload.slo, self.bounds)
+        carries_rest = fits_of(snapshot, group, down, workload.slo, self.bounds)
+        needed, enough = smallest(carries_rise), smallest(carries_rest)
+        numbers = {
+            "rate_rps": up.rate_rps,
+            "bound_rate_rps": down.rate_rps,
+            "prompt_tokens": up.prompt_tokens,
+            "output_tokens": up.output_tokens,
+            "needed": needed,
+            "enough": enough,
+            "wanted": group.wanted,
+            "low": low,
+            "high": high,
+        }
+        if needed > group.wanted:
+            why = f"{group.wanted} do not carry {up.rate_rps:.2f} requests/s: {carries_rise(group.wanted).binding}"
+            return _target(group, _clamp(needed, low, high), why, numbers)
+        if enough < group.wanted and self._settled(group, snapshot.now_s) and reaches_back(workload, self.window):
+            nearest = carries_rest(enough).binding
+            why = f"{enough} carry {down.rate_rps:.2f} requests/s, an upper bound with its margin; {nearest} is nearest"
+            return _target(group, _clamp(enough, low, high), why, numbers)
+        return _target(group, _clamp(group.wanted, low, high), "neither a sure rise nor a sure fall", numbers)
+
+    def rise(self, workload: Workload, startup_s: float) -> Flow:
+        """The flow to be ready for by the time a replica started now is: trend, and what already queues."""
+        flow = risen(workload, self.window, ahead_s=startup_s)
+        return flow.at(flow.rate_rps + workload.queued / self.backlog_s)
+
+    def limits(self, group: Group, now_s: float) -> tuple[int, int]:
+        """Least and most replicas now. A schedule later in the list goes before an earlier one."""
+        low, high = group.min_replicas, group.max_replicas
+        for schedule in self.schedules:
+            if schedule.group == group.name and schedule.covers(now_s):
+                low = low if schedule.min_replicas is None else schedule.min_replicas
+                high = high if schedule.max_replicas is None else schedule.max_replicas
+        return low, max(low, high)
+
+    def _shares(self, snapshot: ClusterSnapshot, workload: Workload) -> Mapping[str, float]:
+        return shares(snapshot, workload.model, self.rise(workload, 0.0), workload.slo, self.bounds)
+
+    def _settled(self, group: Group, now_s: float) -> bool:
+        return group.changed_up_s is None or now_s - group.changed_up_s >= self.settle_s
+
+
+def _target(group: Group, replicas: int, text: str, numbers: dict[str, float]) -> ScaleRole:
+    model = group.model
+    turns = (levers.demand(model), levers.prompt_length(model), levers.output_length(model))
+    bounds = (levers.ttft_slo(model), levers.tpot_slo(model), levers.start_up(group.name))
+    runner_up = "" if replicas == group.wanted else f"{group.wanted}, as it is"
+    return ScaleRole(
+        group=group.name, replicas=replicas, reason=Reason(text=text, numbers=numbers, runner_up=runner_up, levers=turns + bounds)
+    )
+
+
+def _clamp(replicas: int, low: int, high: int) -> int:
+    return min(max(replicas, low), high)
+
+
+def _minute(clock: str) -> int:
+    hours, minutes = clock.split(":")
+    return int(hours) * 60 + int(minutes)

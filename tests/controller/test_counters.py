@@ -1,0 +1,89 @@
+"""What raw samples say."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controller.observe.counters import Series, covered_until_s, demand, latency, risen, share_within
+
+
+def series(*samples: tuple[float, float]) -> Series:
+    return Series(name="x", times_s=tuple(time for time, _ in samples), values=tuple(value for _, value in samples))
+
+
+def edges(*times: float) -> np.ndarray:
+    return np.array(times)
+
+
+def test_rise_between_samples_is_even():
+    assert risen([series((0, 0), (10, 100))], edges(0, 1, 5, 10)).tolist() == [10.0, 40.0, 50.0]
+
+
+def test_counter_that_falls_has_begun_anew():
+    assert risen([series((0, 50), (10, 60), (20, 5), (30, 8))], edges(0, 30)).tolist() == [18.0]
+
+
+def test_before_the_first_and_after_the_last_sample_nothing_is_known():
+    assert risen([series((10, 5), (20, 15))], edges(0, 10, 20, 30)).tolist() == [0.0, 10.0, 0.0]
+    assert risen([series((10, 5))], edges(0, 30)).tolist() == [0.0]
+
+
+def test_gateways_add_up_and_one_that_ended_makes_nothing_stale():
+    live, ended = series((0, 0), (100, 100)), series((0, 0), (50, 500))
+    assert covered_until_s([live, ended]) == 100
+    assert covered_until_s([live, series((0, 0), (99, 1))]) == 99
+    assert covered_until_s([]) == -math.inf
+    assert risen([live, ended], edges(0, 50, 100)).tolist() == [550.0, 50.0]
+
+
+def test_cached_part_of_prompts_is_told_apart():
+    (bucket,) = demand(
+        [series((0, 0), (5, 10))], [series((0, 0), (5, 1000))], [series((0, 0), (5, 200_000))], edges(0, 5), 0.25, 40.0
+    )
+    assert (bucket.requests, bucket.prompt_tokens, bucket.cached_tokens, bucket.output_tokens) == (10.0, 750.0, 250.0, 400.0)
+    assert bucket.prompt_tokens_squared == 112_500.0
+
+
+BOUNDS = (0.01, 0.1, 1.0, 10.0, math.inf)
+
+
+def histogram(values: list[float]) -> dict[float, list[Series]]:
+    return {bound: [series((0, 0), (60, sum(value <= bound for value in values)))] for bound in BOUNDS}
+
+
+def test_quantiles_lie_evenly_in_their_bucket():
+    found = latency(histogram([0.05] * 50 + [0.5] * 50), 0, 60)
+    assert (found.p50_s, found.p90_s) == pytest.approx((0.1, 0.1 + 0.9 * 0.8))
+    assert latency(histogram([]), 0, 60) is None
+    assert latency(histogram([99.0]), 0, 60).p50_s == 10.0
+
+
+@given(st.lists(st.floats(0.0, 9.0), min_size=1, max_size=60))
+def test_quantiles_are_in_the_bucket_of_the_true_one(values):
+    found = latency(histogram(values), 0, 60)
+    assert found.p50_s <= found.p90_s <= found.p99_s
+    true = sorted(values)[math.ceil(0.9 * len(values)) - 1]
+    upper = next(bound for bound in BOUNDS if true <= bound)
+    assert found.p90_s <= upper
+
+
+def test_share_within_a_bound():
+    values = histogram([0.05] * 30 + [5.0] * 70)
+    assert share_within(values, 0.1, 0, 60) == 0.3
+    assert share_within(values, 10.0, 0, 60) == 1.0
+    assert share_within(histogram([]), 1.0, 0, 60) is None
+
+
+@given(st.integers(0, 10_000))
+def test_buckets_sum_to_the_whole_whatever_the_edges(seed):
+    rng = random.Random(seed)
+    value, samples = 0.0, []
+    for time in range(0, 60, rng.randint(1, 5)):
+        value = 0.0 if rng.random() < 0.1 else value + rng.randint(0, 9)
+        samples.append((float(time), value))
+    cuts = sorted({0.0, 60.0, *(rng.uniform(0, 60) for _ in range(5))})
+    assert risen([series(*samples)], np.array(cuts)).sum() == pytest.approx(risen([series(*samples)], edges(0, 60)).sum())

@@ -1,0 +1,153 @@
+"""How many replicas, when."""
+
+import datetime
+import random
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.replica import Role
+from cluster.snapshot import Group
+from policies.guards import Capacity, DisruptionBudget, RateOfChange, StaleTelemetry
+from policies.pipeline import Pipeline
+from policies.scaling import Scaling, Schedule
+from tests.policies.clusters import BUCKET_S, NOW_S, cluster, group, steady, workload
+
+PIPELINE = Pipeline(policies=(Scaling(),), guards=(StaleTelemetry(), RateOfChange(), DisruptionBudget(), Capacity()))
+
+
+def target(of: Group, load, **more) -> int:
+    (action,) = Scaling().decide(cluster([of], [load], **more), ())
+    return action.replicas
+
+
+def test_load_that_does_not_fit_scales_up_and_says_by_what():
+    (action,) = Scaling().decide(cluster([group(wanted=1)], [steady(60.0)]), ())
+    assert action.replicas > 3
+    assert action.reason.text.startswith("1 do not carry 60.00 requests/s: ")
+    assert action.reason.runner_up == "1, as it is"
+
+
+def test_what_queues_counts_as_demand():
+    assert target(group(wanted=2), steady(8.0, queued=400)) > target(group(wanted=2), steady(8.0))
+
+
+def test_last_replica_but_one_is_kept_unless_the_rest_has_margin():
+    fits = next(level for level in (n / 4 for n in range(400)) if target(group(wanted=1), steady(level)) == 2) - 0.25
+    assert target(group(wanted=1), steady(fits)) == 1
+    assert target(group(wanted=2), steady(fits)) == 2
+    assert target(group(wanted=2), steady(fits / 2)) == 1
+
+
+def test_target_that_has_just_risen_does_not_fall():
+    assert target(group(wanted=5, changed_up_s=NOW_S - 29.0), steady(1.0)) == 5
+    assert target(group(wanted=5, changed_up_s=NOW_S - 31.0), steady(1.0)) < 5
+
+
+def test_fall_is_not_believed_of_a_past_too_short_to_show_one():
+    assert target(group(wanted=5), workload([1.0] * 35)) == 5
+    assert target(group(wanted=5), workload([1.0] * 36)) < 5
+    assert target(group(wanted=1), workload([60.0])) > 1
+
+
+def test_limits_hold_whatever_the_load():
+    assert target(group(wanted=2, min_replicas=2), steady(0.0)) == 2
+    assert target(group(wanted=2, max_replicas=3), steady(500.0)) == 3
+
+
+def test_schedule_raises_the_floor_in_its_own_time_zone():
+    schedule = Schedule(
+        group="m/mixed/p", days=(0, 1, 2, 3, 4), start="08:00", end="18:00", timezone="Europe/Berlin", min_replicas=6
+    )
+    policy = Scaling(schedules=(schedule,))
+
+    def low(year: int, month: int, day: int, hour: int) -> int:
+        at = datetime.datetime(year, month, day, hour, 30, tzinfo=datetime.UTC)
+        return policy.limits(group(), at.timestamp())[0]
+
+    assert [low(2026, 7, 6, 6), low(2026, 1, 5, 6), low(2026, 1, 5, 7), low(2026, 7, 6, 16), low(2026, 7, 5, 9)] == [6, 1, 6, 1, 1]
+
+
+def test_schedule_may_pass_midnight():
+    night = Schedule(group="m/mixed/p", days=(4,), start="22:00", end="06:00", max_replicas=2)
+    friday = datetime.datetime(2026, 7, 10, 23, 0, tzinfo=datetime.UTC).timestamp()
+    assert [night.covers(friday + hours * 3600) for hours in (-2, 0, 6, 8, 24)] == [False, True, True, False, False]
+
+
+def test_dead_prefill_target_makes_decode_replicas_do_both():
+    alone = target_of(Role.DECODE, [group(Role.PREFILL, 0), group(Role.DECODE, 1)])
+    helped = target_of(Role.DECODE, [group(Role.PREFILL, 4), group(Role.DECODE, 1)])
+    assert alone > helped
+
+
+def target_of(role: Role, groups: list[Group]) -> int:
+    actions = Scaling().decide(cluster(groups, [steady(60.0)]), ())
+    return next(action.replicas for action in actions if f"/{role.value}/" in action.group)
+
+
+def test_cheaper_pool_is_filled_first():
+    from cluster.node import Node
+
+    cheap, dear = group(pool="cheap", max_replicas=2, wanted=1), group(pool="dear", wanted=1)
+    nodes = (
+        Node(name="a", pool="cheap", slots=8, price_usd_per_hour=8.0),
+        Node(name="b", pool="dear", slots=8, price_usd_per_hour=80.0),
+    )
+    snapshot = cluster([cheap, dear], [steady(60.0)], nodes=nodes)
+    wanted = {action.group: action.replicas for action in Scaling().decide(snapshot, ())}
+    assert wanted["m/mixed/cheap"] == 2
+    assert wanted["m/mixed/dear"] == target(group(wanted=1), steady(60.0)) - 2
+
+
+def poisson(rng: random.Random, mean: float) -> int:
+    count, left = 0, rng.expovariate(1.0)
+    while left < mean:
+        count, left = count + 1, left + rng.expovariate(1.0)
+    return count
+
+
+def follow(rate_rps: Callable[[float], float], seconds: float, wanted: int = 1, seed: int = 0) -> list[tuple[float, int]]:
+    """(seconds, target) at each change under Poisson arrivals, starts taking effect at once."""
+    rng, of, rates, changes = random.Random(seed), group(wanted=wanted), [], []
+    for step in range(round(seconds / BUCKET_S)):
+        now_s = step * BUCKET_S
+        rates = [*rates[-59:], poisson(rng, rate_rps(now_s) * BUCKET_S) / BUCKET_S]
+        decision = PIPELINE.decide(cluster([of], [workload(rates)], now_s=now_s))
+        assert not decision.failed
+        new = decision.targets[of.name]
+        if new != of.wanted:
+            changes.append((now_s, new))
+            field = "changed_up_s" if new > of.wanted else "changed_down_s"
+            of = msgspec.structs.replace(of, wanted=new, **{field: now_s})
+    return changes
+
+
+@pytest.mark.parametrize("level", [0.7, 3.0, 12.0, 30.0])
+def test_constant_load_leaves_the_fleet_alone_once_settled(level):
+    """Near a threshold a chance rise may still add one, which then stays."""
+    late = [change for change in follow(lambda _: level, 3600.0) if change[0] > 600.0]
+    assert len(late) <= (level == 12.0)
+
+
+def test_burst_is_answered_within_two_buckets_and_given_back_within_minutes():
+    changes = follow(lambda now_s: 40.0 if 600.0 <= now_s < 900.0 else 2.0, 1800.0)
+    rises = [at for at, wanted in changes if 600.0 <= at < 900.0]
+    assert rises[0] <= 600.0 + 2 * BUCKET_S
+    assert changes[-1][1] == 1
+    assert changes[-1][0] < 900.0 + 400.0
+
+
+@settings(max_examples=60)
+@given(st.floats(0.0, 80.0), st.floats(1.0, 4.0), st.integers(1, 20))
+def test_monotone_in_load(rate_rps, factor, wanted):
+    assert target(group(wanted=wanted), steady(rate_rps * factor)) >= target(group(wanted=wanted), steady(rate_rps))
+
+
+@settings(max_examples=60)
+@given(st.floats(0.0, 80.0), st.integers(1, 20))
+def test_idempotent_and_never_back_and_forth(rate_rps, wanted):
+    first = target(group(wanted=wanted), steady(rate_rps))
+    assert target(group(wanted=first), steady(rate_rps)) == first
