@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import openai
 import pytest
 
 from tests.live.conftest import APART, LiveFleet, eventually, kill, torch_group
@@ -31,9 +32,8 @@ def prompt(number: int) -> str:
 
 async def streamed(fleet: LiveFleet, started: asyncio.Semaphore) -> list[str]:
     """The text of every stream; `started` is released once for each first token."""
-    client = fleet.async_client()
 
-    async def one(number: int) -> str:
+    async def one(client: openai.AsyncOpenAI, number: int) -> str:
         stream = await client.completions.create(
             model="tiny", prompt=prompt(number), max_tokens=TOKENS, temperature=0, stream=True, extra_body={"ignore_eos": True}
         )
@@ -45,7 +45,8 @@ async def streamed(fleet: LiveFleet, started: asyncio.Semaphore) -> list[str]:
                 text += chunk.choices[0].text
         return text
 
-    return await asyncio.gather(*(one(number) for number in range(STREAMS)))
+    async with fleet.async_client() as client:
+        return await asyncio.gather(*(one(client, number) for number in range(STREAMS)))
 
 
 async def test_all_streams_finish_right_while_a_prefill_and_a_decode_worker_are_killed(fleet: LiveFleet) -> None:
