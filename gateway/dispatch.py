@@ -101,8 +101,6 @@ class Dispatcher:
         self._lines: dict[str, _Line] = {}
         self._output_tokens: dict[str, float] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._idle = asyncio.Event()
-        self._idle.set()
         self.draining = False
 
     # What the HTTP side calls.
@@ -118,10 +116,6 @@ class Dispatcher:
         for generation in [*self._running.values(), *waiting]:
             self._fail(generation, Draining("the gateway stops"))
         await self._links.close()
-
-    async def drained(self) -> None:
-        """Returns once no request is in flight."""
-        await self._idle.wait()
 
     @property
     def waiting(self) -> int:
@@ -152,7 +146,6 @@ class Dispatcher:
             self._end(generation, "rejected")
             raise
         self._metrics.waiting(model, len(self._line(model)))
-        self._idle.clear()
 
     def cancel(self, generation: Generation) -> None:
         """Nobody wants it any more. Harmless when it ended."""
@@ -373,8 +366,6 @@ class Dispatcher:
         self._metrics.ended(generation, outcome)
         if self._log is not None:
             self._log.write(generation, outcome)
-        if not self.in_flight:
-            self._idle.set()
         generation.wake()
 
     # Waiting.

@@ -150,6 +150,25 @@ async def scrape(worker: Worker) -> str:
     return await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=PATIENCE_S).read().decode())
 
 
+@pytest.mark.parametrize(
+    ("kv", "host", "shared"), [("auto", "", 0), ("auto", "another", 0), ("auto", host_id(), 1), ("grpc", host_id(), 0)]
+)
+async def test_memory_is_shared_only_with_a_host_that_is_known_to_be_this_one(fleet, monkeypatch, kv, host, shared):
+    await fleet.worker("p", Role.PREFILL, kv=kv)
+    worker = await fleet.worker("d", Role.DECODE, kv=kv)
+    pulled, pull = [], worker._shared.pull
+
+    async def counted(*arguments):
+        pulled.append(arguments)
+        return await pull(*arguments)
+
+    monkeypatch.setattr(worker._shared, "pull", counted)
+    decode = await fleet.link("decode-d-0")
+    decode.submit(prefill=msgspec.structs.replace(fleet.source("prefill-p-0"), host_id=host))
+    assert len(ids(await decode.finished())) == 8
+    assert len(pulled) == shared
+
+
 async def test_a_dead_prefill_worker_costs_time_and_no_token(fleet):
     await fleet.worker("p", Role.PREFILL)
     await fleet.worker("d", Role.DECODE)
