@@ -89,6 +89,8 @@ class FleetHome:
         self.ray_logs_path = self.path / "logs"
         self.socket_path = self.path / "status.sock"
         self.secret_path = self.path / "secret"
+        self.journal_path = self.path / "journal.sqlite"
+        self.config_path = self.path / "fleet.json"
         if len(str(self.socket_path)) > MAX_SOCKET_CHARS:
             raise InvalidConfig(f"{self.socket_path} has {len(str(self.socket_path))} characters, above {MAX_SOCKET_CHARS}")
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from cluster.kv import BLOCK_TOKENS
+from cluster.node import Market
 from cluster.replica import Role
 from cluster.slo import Slo
 
@@ -33,6 +34,14 @@ class NodeSpec(_Spec, frozen=True, kw_only=True):
     accelerator: str = "cpu"
     """A name in `cluster.hardware`."""
     cpus: float = 2.0
+    slots: int | None = None
+    """Replicas it can host: on a machine with accelerators, as many as fit on them. None: its even share of what its pool's groups
+    may have at most."""
+    market: Market = Market.ON_DEMAND
+    zone: str = ""
+    power_domain: str = ""
+    """What it shares a power budget with."""
+    price_usd_per_hour: float = 0.0
 
 
 class Pace(_Spec, frozen=True, kw_only=True):
@@ -52,6 +61,15 @@ class ReplicaGroup(_Spec, frozen=True, kw_only=True):
 
     role: Role
     count: int = 1
+    """How many are started."""
+    min_replicas: int | None = None
+    """The controller never goes below; None is `count`."""
+    max_replicas: int | None = None
+    """The controller never goes above; None is `count`."""
+    startup_s: float = 60.0
+    """Start to READY, believed until one was measured: a minute loads 8B weights from a local disk."""
+    start_timeout_s: float = 900.0
+    """A start that takes longer has failed: a big checkpoint from a slow disk, or from the hub."""
     model: str = ""
     """Name of a model; may be left out with a single model."""
     engine: Literal["torch", "emulated"] = "torch"
@@ -130,6 +148,29 @@ class PipelineSpec(_Spec, frozen=True, kw_only=True):
     """Fields of `policies.expansion.Expansion`."""
 
 
+class ControlSpec(_Spec, frozen=True, kw_only=True):
+    """The controller."""
+
+    mode: Literal["act", "advise"] = "act"
+    """advise: decide and write down, and do nothing but keep the replicas that the config asks for."""
+    pipeline: PipelineSpec = PipelineSpec()
+    challengers: dict[str, PipelineSpec] = {}
+    """Decide in shadow on the same snapshots, for `mobula compare`."""
+    http_port: int = 0
+    """Of its own metrics and of Prometheus' service discovery; 0 takes a free one, which `mobula status --json` names."""
+    journal_bytes: int = 2 * 2**30
+    """The oldest passes go once the journal is larger. Two days and more of a thousand replicas."""
+
+
+class TelemetrySpec(_Spec, frozen=True, kw_only=True):
+    """Where demand and latency are read."""
+
+    prometheus_url: str | None = None
+    """None: from the counters that gateways tell the controller."""
+    local_prometheus: bool = False
+    """Start a Prometheus server (`prometheus` on the PATH) beside a local fleet, and read from it."""
+
+
 class TransportSpec(_Spec, frozen=True, kw_only=True):
     """How bytes move."""
 
@@ -156,6 +197,8 @@ class Fleet(_Spec, frozen=True, kw_only=True):
     gateway: GatewaySpec = GatewaySpec()
     routing: RoutingSpec = RoutingSpec()
     transport: TransportSpec = TransportSpec()
+    control: ControlSpec = ControlSpec()
+    telemetry: TelemetrySpec = TelemetrySpec()
     slo: dict[str, Slo] = msgspec.field(default_factory=lambda: {"default": Slo(ttft_s=1.0, tpot_s=0.1)})
     """Bounds by SLO class."""
 

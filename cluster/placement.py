@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
-from cluster.fleet import ModelSpec, NodeSpec, ReplicaGroup
+from cluster.fleet import Fleet, ModelSpec, NodeSpec, ReplicaGroup
+from cluster.replica import Role
 
 NODE_LABEL = "mobula-node"
 """The label by which a Ray node is known as one of the fleet's; its value is the node's name."""
 
-REGISTRY_NAME = "mobula-registry"
-"""The registry's actor, in the fleet's namespace."""
+CONTROLLER_NAME = "mobula-controller"
+"""The controller's actor, in the fleet's namespace. It keeps the membership table, too."""
+
+
+def group_name(model: str, role: Role, pool: str) -> str:
+    """Of the replicas that are scaled as one, as claims, reasons and operators call it."""
+    return f"{model}/{role.value}/{pool}"
+
+
+def group_of(fleet: Fleet, spec: ReplicaGroup) -> str:
+    """The group's name. Its model is the one it names, or the only one."""
+    return group_name(spec.model or fleet.models[0].name, spec.role, spec.pool)
+
+
+def limits_of(spec: ReplicaGroup) -> tuple[int, int]:
+    """Least and most replicas of a group."""
+    low, high = spec.min_replicas, spec.max_replicas
+    return spec.count if low is None else low, spec.count if high is None else high
+
+
+def slots_of(fleet: Fleet, node: NodeSpec) -> int:
+    """Replicas that the node can host: as said, or its even share of the most that its pool may have."""
+    if node.slots is not None:
+        return node.slots
+    most = sum(limits_of(spec)[1] for spec in fleet.replicas if spec.pool == node.pool)
+    return math.ceil(most / sum(other.pool == node.pool for other in fleet.nodes))
 
 
 def namespace_of(fleet_name: str) -> str:

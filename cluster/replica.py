@@ -46,6 +46,10 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     endpoint: str
     """host:port of its worker's token and KV service."""
+    metrics_endpoint: str = ""
+    """host:port of its worker's metrics; empty where it exports none."""
+    pid: int = 0
+    """Of its worker's process."""
     role: Role
     phase: Phase
     model: str

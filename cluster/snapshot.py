@@ -14,6 +14,7 @@ import msgspec
 
 from cluster.node import Node
 from cluster.performance import PerformanceModel
+from cluster.placement import group_name
 from cluster.replica import Load, Phase, Role
 from cluster.slo import Slo
 
@@ -25,6 +26,8 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     revision: str = ""
     role: Role
     pool: str
+    build: str = ""
+    """Groups of one build differ in their role alone: a replica of one can become one of the other."""
     min_replicas: int
     max_replicas: int
     wanted: int
@@ -46,7 +49,7 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         """As claims, reasons and operators call it."""
-        return f"{self.model}/{self.role.value}/{self.pool}"
+        return group_name(self.model, self.role, self.pool)
 
 
 class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from cluster.actions import Decision, StartReplica
+from cluster.performance import PerformanceModel
 from cluster.snapshot import ClusterSnapshot, FailedStart, Group, Hold
 
 FORGET_S = 3600.0  # Failed starts older than this say nothing about now.
@@ -22,6 +23,8 @@ class GroupMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Measured; None before the first start."""
     slowdown: float = 1.0
     """Measured over predicted step time, of late."""
+    performance: PerformanceModel | None = None
+    """Of a replica, as the last one said."""
     changed_up_s: float | None = None
     changed_down_s: float | None = None
 
@@ -97,6 +100,7 @@ def _after(memory: Memory, group: Group, target: int, now_s: float) -> GroupMemo
         wanted=target,
         startup_s=known.startup_s,
         slowdown=group.slowdown,
+        performance=group.performance,
         changed_up_s=now_s if target > group.wanted else group.changed_up_s,
         changed_down_s=now_s if target < group.wanted else group.changed_down_s,
     )

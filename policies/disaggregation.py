@@ -120,11 +120,11 @@ class Disaggregation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def pairs(snapshot: ClusterSnapshot) -> list[tuple[Group, Group]]:
-    """Prefill and decode groups of one model on one pool, whose replicas may change places."""
+    """Prefill and decode groups of one model on one pool and of one build, whose replicas may change places."""
     known = [group for group in snapshot.groups if group.performance is not None]
-    decoding = {(group.model, group.pool): group for group in known if group.role is Role.DECODE}
-    prefilling = [group for group in known if group.role is Role.PREFILL]
-    return [(group, decoding[group.model, group.pool]) for group in prefilling if (group.model, group.pool) in decoding]
+    decoding = {(group.model, group.pool, group.build): group for group in known if group.role is Role.DECODE}
+    prefilling = {(group.model, group.pool, group.build): group for group in known if group.role is Role.PREFILL}
+    return [(group, decoding[kind]) for kind, group in prefilling.items() if kind in decoding]
 
 
 def _first_to_go(snapshot: ClusterSnapshot, group: Group) -> ReplicaState | None:

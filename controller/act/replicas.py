@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.errors import InvalidConfig, MobulaError, Unreachable, error_in
 from cluster.fleet import Fleet
-from cluster.placement import NODE_LABEL, REGISTRY_NAME, WorkerPlan, namespace_of
+from cluster.placement import CONTROLLER_NAME, NODE_LABEL, WorkerPlan, namespace_of
 from controller.config import memory_by_node
 from controller.registry import Registry, RegistryClient
 from workers.worker import DRAIN_S
@@ -42,7 +42,7 @@ def check_nodes(fleet: Fleet) -> None:
 
 async def start_registry(fleet: Fleet) -> RegistryClient:
     """The fleet's registry, named for gateways to find. It lives as long as the process that calls this."""
-    options = {"name": REGISTRY_NAME, "namespace": namespace_of(fleet.name), "num_cpus": 0, "max_restarts": 0}
+    options = {"name": CONTROLLER_NAME, "namespace": namespace_of(fleet.name), "num_cpus": 0, "max_restarts": 0}
     handle = ray.remote(Registry).options(**options).remote()
     async with asyncio.timeout(REGISTRY_START_S):
         await handle.start.remote()

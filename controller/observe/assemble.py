@@ -1,0 +1,264 @@
+"""One snapshot from what was heard: the config, the membership table, load reports, raw samples of counters, and the memory."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import numpy as np
+import xxhash
+
+from cluster.fleet import Fleet, NodeSpec, ReplicaGroup
+from cluster.metrics import (
+    ARRIVALS,
+    ARRIVED_TOKENS,
+    ARRIVED_TOKENS_SQUARED,
+    CACHED_TOKENS,
+    DEMAND_NAMES,
+    IN_FLIGHT,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    QUEUED,
+    REQUESTS,
+    TPOT,
+    TTFT,
+)
+from cluster.node import Node
+from cluster.performance import PerformanceModel
+from cluster.placement import group_name, group_of, limits_of, slots_of
+from cluster.replica import Load, Phase, Replica, Role
+from cluster.slo import Slo
+from cluster.snapshot import ClusterSnapshot, Group, ReplicaState, Workload
+from controller.memory import GroupMemory, Memory
+from controller.observe.counters import LATE_S, Series, covered_until_s, demand, latency, risen, share_within
+from workers.build_engine import performance_of
+
+BUCKET_S = 1.0  # A burst shows in the bucket after it, and counts of a second are still told from noise by their windows.
+BUCKETS = 300
+LATENCY_SPAN_S = 60.0  # Of measured quantiles: enough requests for a P99 at 2 requests/s, recent enough to follow a change.
+SPAN_S = BUCKETS * BUCKET_S + LATENCY_SPAN_S
+
+Telemetry = Mapping[str, Sequence[Series]]
+
+
+class Heard(msgspec.Struct, frozen=True, kw_only=True):
+    """The last load report of a replica, and when it came, in Unix seconds of the controller."""
+
+    load: Load
+    at_s: float
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica that was started and has not registered yet."""
+
+    group: str
+    node: str
+    at_s: float
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of machines and replicas, by replica id where it is a mapping."""
+
+    replicas: tuple[Replica, ...] = ()
+    """The membership table."""
+    started: Mapping[str, Started] = {}
+    lost: tuple[ReplicaState, ...] = ()
+    """Whose workers fell silent of late."""
+    heard: Mapping[str, Heard] = {}
+    since_s: Mapping[str, float] = {}
+    """When each entered its phase."""
+    alive: frozenset[str] = frozenset()
+    """Names of nodes that are up."""
+
+
+def assemble(fleet: Fleet, seen: Seen, telemetry: Telemetry, memory: Memory, now_s: float) -> ClusterSnapshot:
+    """telemetry: series by name, of `SPAN_S`."""
+    now_s = round(max(now_s, memory.now_s + 0.001), 3)
+    pools = {node.name: node.pool for node in fleet.nodes}
+    states = [
+        _state(replica, pools.get(replica.node, ""), seen.heard.get(replica.replica_id), seen.since_s, now_s)
+        for replica in seen.replicas
+    ]
+    registered = {state.replica_id for state in states}
+    members: dict[str, list[tuple[Replica, ReplicaState]]] = {}
+    for replica, state in zip(seen.replicas, states, strict=True):
+        members.setdefault(state.group, []).append((replica, state))
+    states += [_starting(name, start) for name, start in seen.started.items() if name not in registered]
+    states += [state for state in seen.lost if state.replica_id not in registered]
+    return ClusterSnapshot(
+        now_s=now_s,
+        pass_number=memory.pass_number,
+        next_replica=memory.next_replica,
+        nodes=tuple(_node(fleet, node, seen.alive) for node in sorted(fleet.nodes, key=lambda node: node.name)),
+        groups=_groups(fleet, members, memory),
+        replicas=tuple(sorted(states, key=lambda state: state.replica_id)),
+        workloads=tuple(_workload(model.name, _slo(fleet), telemetry, now_s) for model in fleet.models),
+        holds=tuple(hold for hold in memory.holds if hold.expires_s > now_s),
+        failed_starts=memory.failed_starts,
+    )
+
+
+def _groups(fleet: Fleet, members: Mapping[str, Sequence[tuple[Replica, ReplicaState]]], memory: Memory) -> tuple[Group, ...]:
+    """One group for each model, role and pool of the config; what a replica is like is taken from those that are there."""
+    made = []
+    for spec in fleet.replicas:
+        name = group_of(fleet, spec)
+        known = memory.of(name, spec.count)
+        there = members.get(name, ())
+        low, high = limits_of(spec)
+        made.append(
+            Group(
+                model=spec.model or fleet.models[0].name,
+                role=spec.role,
+                pool=spec.pool,
+                build=_build(spec),
+                min_replicas=low,
+                max_replicas=high,
+                wanted=known.wanted,
+                performance=_performance(spec, there, known),
+                slowdown=_slowdown(there, known.slowdown),
+                kv_tokens=spec.kv_blocks * spec.block_tokens,
+                max_running=spec.max_running,
+                step_budget_tokens=spec.step_budget_tokens,
+                startup_s=spec.startup_s if known.startup_s is None else known.startup_s,
+                changed_up_s=known.changed_up_s,
+                changed_down_s=known.changed_down_s,
+            )
+        )
+    return tuple(sorted(made, key=lambda group: group.name))
+
+
+def _build(spec: ReplicaGroup) -> str:
+    """Equal where a replica of the one can take the role of the other: all but role and numbers of them."""
+    alike = msgspec.structs.replace(
+        spec, role=Role.MIXED, count=1, min_replicas=None, max_replicas=None, startup_s=0.0, start_timeout_s=0.0
+    )
+    return xxhash.xxh3_64_hexdigest(msgspec.json.encode(alike))
+
+
+def _performance(spec: ReplicaGroup, there: Sequence[tuple[Replica, ReplicaState]], known: GroupMemory) -> PerformanceModel | None:
+    """A replica's own word, the last one's, or what a pace prescribes."""
+    if there:
+        return there[0][0].performance
+    if known.performance is not None or spec.pace is None:
+        return known.performance
+    return performance_of(spec.pace)
+
+
+def _state(replica: Replica, pool: str, heard: Heard | None, since_s: Mapping[str, float], now_s: float) -> ReplicaState:
+    return ReplicaState(
+        replica_id=replica.replica_id,
+        group=group_name(replica.model, replica.role, pool),
+        role=replica.role,
+        phase=replica.phase,
+        node=replica.node,
+        phase_since_s=round(since_s.get(replica.replica_id, now_s), 3),
+        load=None if heard is None else _rounded(heard.load),
+        load_age_s=0.0 if heard is None else round(max(0.0, now_s - heard.at_s), 1),
+    )
+
+
+def _starting(replica_id: str, start: Started) -> ReplicaState:
+    role = Role(start.group.split("/")[-2])
+    return ReplicaState(
+        replica_id=replica_id,
+        group=start.group,
+        role=role,
+        phase=Phase.STARTING,
+        node=start.node,
+        phase_since_s=round(start.at_s, 3),
+    )
+
+
+def _rounded(load: Load) -> Load:
+    """As many digits as mean something; a figure that is no number says nothing."""
+    digits = {"at_s": 1, "step_s": 5, "power_w": 0, "overrun_share": 2}
+    figures = {field: getattr(load, field) for field in digits}
+    return msgspec.structs.replace(
+        load, **{field: round(value, digits[field]) if math.isfinite(value) else 0.0 for field, value in figures.items()}
+    )
+
+
+def _slowdown(members: Sequence[tuple[Replica, ReplicaState]], before: float) -> float:
+    """Measured over predicted time of decode steps, the median of replicas that do nothing else: a tenth of the way there."""
+    ratios = []
+    for replica, state in members:
+        load = state.load
+        if load is not None and load.running > 0 and load.waiting == 0 and load.step_s > 0.0:
+            ratios.append(load.step_s / replica.performance.decode_step_s(load.running, load.kv_tokens))
+    if not ratios:
+        return before
+    return round(before + 0.1 * (min(max(statistics.median(ratios), 0.25), 4.0) - before), 3)
+
+
+def _node(fleet: Fleet, spec: NodeSpec, alive: frozenset[str]) -> Node:
+    return Node(
+        name=spec.name,
+        pool=spec.pool,
+        accelerator=spec.accelerator,
+        market=spec.market,
+        zone=spec.zone,
+        power_domain=spec.power_domain,
+        price_usd_per_hour=spec.price_usd_per_hour,
+        slots=slots_of(fleet, spec),
+        alive=spec.name in alive,
+    )
+
+
+def _slo(fleet: Fleet) -> Slo:
+    """The class that requests are of unless they say otherwise."""
+    return fleet.slo.get("default", Slo())
+
+
+def _workload(model: str, slo: Slo, telemetry: Telemetry, now_s: float) -> Workload:
+    mine = {name: [one for one in telemetry.get(name, ()) if one.labels.get("model") == model] for name in DEMAND_NAMES}
+    until_s = covered_until_s(mine[ARRIVALS])
+    if math.isinf(until_s):  # Nobody asked yet: that is known as long as gateways are heard at all.
+        until_s = covered_until_s(one for series in telemetry.values() for one in series)
+    if math.isinf(until_s):
+        return Workload(model=model, slo=slo, bucket_s=BUCKET_S, buckets=(), age_s=now_s)
+    last_s = math.floor(until_s / BUCKET_S) * BUCKET_S
+    first_s = min(one.times_s[0] for series in telemetry.values() for one in series if one.times_s)
+    count = min(BUCKETS, max(0, math.floor((last_s - first_s) / BUCKET_S)))
+    edges_s = np.linspace(last_s - count * BUCKET_S, last_s, count + 1)
+    span_s = np.array([last_s - BUCKETS * BUCKET_S, last_s])
+
+    def total(name: str) -> float:
+        return float(risen(mine[name], span_s)[0])
+
+    ended, prompts = total(REQUESTS), total(PROMPT_TOKENS)
+    cached_share = round(min(1.0, total(CACHED_TOKENS) / prompts), 3) if prompts else 0.0
+    output_tokens = round(total(OUTPUT_TOKENS) / ended, 1) if ended else 0.0
+    ttft, tpot = _histogram(mine[TTFT]), _histogram(mine[TPOT])
+    recent_s = last_s - LATENCY_SPAN_S
+    attained = [
+        share_within(buckets, bound_s, recent_s, last_s)
+        for buckets, bound_s in ((ttft, slo.ttft_s), (tpot, slo.tpot_s))
+        if bound_s is not None
+    ]
+    return Workload(
+        model=model,
+        slo=slo,
+        bucket_s=BUCKET_S,
+        buckets=demand(mine[ARRIVALS], mine[ARRIVED_TOKENS], mine[ARRIVED_TOKENS_SQUARED], edges_s, cached_share, output_tokens),
+        age_s=round(now_s - last_s, 1),
+        queued=_latest(mine[QUEUED], until_s),
+        in_flight=_latest(mine[IN_FLIGHT], until_s),
+        ttft=latency(ttft, recent_s, last_s),
+        tpot=latency(tpot, recent_s, last_s),
+        attainment=min((share for share in attained if share is not None), default=None),
+    )
+
+
+def _histogram(series: Sequence[Series]) -> dict[float, list[Series]]:
+    buckets: dict[float, list[Series]] = {}
+    for one in series:
+        buckets.setdefault(float(one.labels["le"]), []).append(one)
+    return buckets
+
+
+def _latest(series: Sequence[Series], until_s: float) -> int:
+    """Sum of gauges, of processes that are still heard."""
+    return round(sum(one.values[-1] for one in series if one.times_s and one.times_s[-1] > until_s - LATE_S))
