@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "status": Subcommand("cli.status:status", "Show replicas, their roles and load."),
     "replay": Subcommand("cli.replay:replay", "Send a trace to an OpenAI endpoint and report latencies."),
     "model": Subcommand("cli.model:app", "Make a small model, without a download."),
+    "chaos": Subcommand("cli.chaos:app", "Break something of a local fleet on purpose."),
     "keys": Subcommand("cli.keys:app", "Add and list API keys."),
 }
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
-from cluster.actions import Decision
+from cluster.actions import Action, Decision
 from cluster.errors import InvalidTrace
 from cluster.snapshot import ClusterSnapshot
 from controller.frames import decode, encode
@@ -115,10 +115,22 @@ class Journal:
         if entry.number % PRUNE_EVERY == 0:
             self.prune()
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcomes: Iterable[Outcome]) -> None:
         with _as_os_error(self._path), self._db:
-            row = (outcome.number, outcome.action, outcome.at_s, outcome.outcome)
-            self._db.execute("INSERT INTO outcomes VALUES (?, ?, ?, ?)", row)
+            rows = [(one.number, one.action, one.at_s, one.outcome) for one in outcomes]
+            self._db.executemany("INSERT INTO outcomes VALUES (?, ?, ?, ?)", rows)
+
+    def unsettled(self, since_s: float) -> tuple[tuple[int, int, float, Action], ...]:
+        """Actions since a time of which no outcome is known, oldest first: pass, index, the pass's time, action."""
+        rows = self._db.execute(
+            "SELECT number, at_s, decision FROM passes WHERE changes > 0 AND mode = 'act' AND at_s >= ? ORDER BY number", (since_s,)
+        )
+        found = []
+        for number, at_s, decision in rows.fetchall():
+            settled = {outcome.action for outcome in self.outcomes(number)}
+            actions = enumerate(_unpacked(decision).actions)
+            found += [(number, index, at_s, action) for index, action in actions if index not in settled]
+        return tuple(found)
 
     def prune(self) -> None:
         """Delete the oldest passes, keyframe by keyframe, until the file's content is within its bound."""

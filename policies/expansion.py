@@ -46,7 +46,7 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             ]
             missing = action.replicas - len(present)
             expanded += self._drains(snapshot, action, present, -missing)
-            starts, why = self._starts(snapshot, action, group, room, missing)
+            starts, why = self._starts(snapshot, _replacing(action, group, len(present)), group, room, missing)
             expanded += starts
             if len(starts) < missing:
                 why = f"{missing - len(starts)} of {missing} not started: {why}"
@@ -85,6 +85,14 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             DrainReplica(replica_id=one.replica_id, deadline_s=deadline_s, reason=action.reason, bundle=action.bundle)
             for one in leaving
         ]
+
+
+def _replacing(action: ScaleRole, group: Group, present: int) -> ScaleRole:
+    """Where no target rises, what is started is what is missing."""
+    if action.replicas != group.wanted:
+        return action
+    reason = msgspec.structs.replace(action.reason, text=f"{present} of the {action.replicas} that are wanted are there")
+    return msgspec.structs.replace(action, reason=reason)
 
 
 def removal_order(snapshot: ClusterSnapshot, replica: ReplicaState) -> tuple[int, bool, bool, int, float, str]:

@@ -71,21 +71,22 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """When each entered its phase."""
     alive: frozenset[str] = frozenset()
     """Names of nodes that are up."""
+    draining: frozenset[str] = frozenset()
+    """Replicas that were told to drain, whether they say so yet or not."""
+    changing: Mapping[str, Role] = {}
+    """Those that were told to change their role, and to which."""
 
 
 def assemble(fleet: Fleet, seen: Seen, telemetry: Telemetry, memory: Memory, now_s: float) -> ClusterSnapshot:
     """telemetry: series by name, of `SPAN_S`."""
     now_s = round(max(now_s, memory.now_s + 0.001), 3)
     pools = {node.name: node.pool for node in fleet.nodes}
-    states = [
-        _state(replica, pools.get(replica.node, ""), seen.heard.get(replica.replica_id), seen.since_s, now_s)
-        for replica in seen.replicas
-    ]
+    states = [_ordered(_state(replica, pools.get(replica.node, ""), seen, now_s), seen) for replica in seen.replicas]
     registered = {state.replica_id for state in states}
     members: dict[str, list[tuple[Replica, ReplicaState]]] = {}
     for replica, state in zip(seen.replicas, states, strict=True):
         members.setdefault(state.group, []).append((replica, state))
-    states += [_starting(name, start) for name, start in seen.started.items() if name not in registered]
+    states += [_ordered(_starting(name, start), seen) for name, start in seen.started.items() if name not in registered]
     states += [state for state in seen.lost if state.replica_id not in registered]
     return ClusterSnapshot(
         now_s=now_s,
@@ -147,21 +148,34 @@ def _performance(spec: ReplicaGroup, there: Sequence[tuple[Replica, ReplicaState
     return performance_of(spec.pace)
 
 
-def _state(replica: Replica, pool: str, heard: Heard | None, since_s: Mapping[str, float], now_s: float) -> ReplicaState:
+def _state(replica: Replica, pool: str, seen: Seen, now_s: float) -> ReplicaState:
+    heard = seen.heard.get(replica.replica_id)
     return ReplicaState(
         replica_id=replica.replica_id,
         group=group_name(replica.model, replica.role, pool),
         role=replica.role,
         phase=replica.phase,
         node=replica.node,
-        phase_since_s=round(since_s.get(replica.replica_id, now_s), 3),
+        phase_since_s=round(seen.since_s.get(replica.replica_id, now_s), 3),
+        ready_since_s=None if replica.ready_since_s is None else round(replica.ready_since_s, 3),
         load=None if heard is None else _rounded(heard.load),
         load_age_s=0.0 if heard is None else round(max(0.0, now_s - heard.at_s), 1),
     )
 
 
+def _ordered(state: ReplicaState, seen: Seen) -> ReplicaState:
+    """As it will be, once it has heard: so that nothing is ordered twice."""
+    role = seen.changing.get(state.replica_id)
+    if role is not None and role is not state.role:
+        model, _, pool = state.group.rsplit("/", 2)
+        state = msgspec.structs.replace(state, role=role, group=group_name(model, role, pool), phase=Phase.WARMING)
+    if state.replica_id in seen.draining and state.phase is not Phase.STOPPED:
+        state = msgspec.structs.replace(state, phase=Phase.DRAINING)
+    return state
+
+
 def _starting(replica_id: str, start: Started) -> ReplicaState:
-    role = Role(start.group.split("/")[-2])
+    role = Role(start.group.rsplit("/", 2)[1])
     return ReplicaState(
         replica_id=replica_id,
         group=start.group,
