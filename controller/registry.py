@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import msgspec
+
 from cluster.errors import Fenced
 from cluster.replica import Membership, Phase, Replica
 

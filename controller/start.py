@@ -15,9 +15,9 @@ from cluster.errors import InvalidConfig, Unreachable, error_in
 from cluster.fleet import Fleet
 from cluster.placement import CONTROLLER_NAME, NODE_LABEL, namespace_of
 from controller.config import memory_by_node
+from controller.controller_client import ControllerClient
 from controller.controller_process import ControllerProcess
 from controller.fleet_controller import write_fleet
-from controller.controller_client import ControllerClient
 
 START_S = 60.0
 STOP_S = 20.0  # Beyond draining: engines' last steps and the streams' grace.

@@ -52,7 +52,7 @@ def test_read_decisions_are_decided_again_alike(tmp_path: Path):
 def test_shadows_and_outcomes_stand_beside_their_pass(tmp_path: Path):
     journal = Journal(tmp_path / "j")
     journal.write(entry(1, shadows={"cheap": Decision(failed="x")}))
-    journal.add(Outcome(number=1, action=0, at_s=NOW_S + 2, outcome="done"))
+    journal.add([Outcome(number=1, action=0, at_s=NOW_S + 2, outcome="done")])
     assert journal.entry(1).shadows == {"cheap": Decision(failed="x")}
     assert [one.outcome for one in journal.outcomes(1)] == ["done"]
     assert journal.last_change() == 1
