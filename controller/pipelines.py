@@ -68,8 +68,8 @@ def _load(spec: PolicySpec, method: str, place: str) -> Any:
 
 
 def _settled(kind: type[Any], settings: dict[str, Any], place: str) -> Any:
-    check_spelling(settings, kind, place)
     try:
+        check_spelling(settings, kind, place)
         return msgspec.convert(settings, kind)
     except msgspec.ValidationError as error:
         fault, _, within = " ".join(str(error).split()).partition(" - at `$")

@@ -40,7 +40,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         of = f" of {self.of}" if self.of else ""
-        return f"{self.path}{of}: {_shown(self.old)} to {_shown(self.new)}"
+        return f"{self.path}{of}: {shown(self.old)} to {shown(self.new)}"
 
 
 def differences(old: Fleet, new: Fleet) -> tuple[Difference, ...]:
@@ -99,12 +99,14 @@ def _within(path: str, old: object, new: object, of: str) -> Iterator[Difference
         yield Difference(path=path, of=of, old=old, new=new)
 
 
-def _shown(value: object) -> str:
-    """In few characters."""
+def shown(value: object) -> str:
+    """A plain value in few characters."""
     match value:
         case None:
             return "none"
-        case dict() | list() | tuple():
-            return f"{len(value)} settings" if isinstance(value, dict) else f"{len(value)} entries"
+        case dict():
+            return f"{len(value)} settings"
+        case list() | tuple():
+            return f"{len(value)} entries"
         case _:
             return str(value)

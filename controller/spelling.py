@@ -16,7 +16,7 @@ from cluster.errors import InvalidConfig
 def check_spelling(plain: object, kind: object, place: str) -> None:
     """Raise InvalidConfig for the first key or word of plain data that its type does not have. place: the data's, "" for a file."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple and isinstance(plain, list):
+    if (origin is list or (origin is tuple and arguments[-1] is Ellipsis)) and isinstance(plain, list):
         for index, item in enumerate(plain):
             check_spelling(item, arguments[0], f"{place}[{index}]")
     elif origin is dict and isinstance(plain, dict):

@@ -54,7 +54,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         if not self.rise_s or list(self.rise_s) != sorted(set(self.rise_s)):
-            raise ValueError(f"rise_s {list(self.rise_s)} are no rising windows, shortest first")
+            raise ValueError(f"rise_s {list(self.rise_s)} is not one window or more, shortest first")
         positive(rise_s=self.rise_s[0], fall_s=self.fall_s)
         at_least(0.0, sigmas=self.sigmas)
         if self.rise_s[-1] > self.fall_s:

@@ -19,6 +19,7 @@ MIN_JOURNAL_BYTES = 16 * 2**20  # Some minutes of a thousand replicas: below tha
 
 
 def check_control(fleet: Fleet) -> None:
+    """What decides can be made and speaks of groups that exist; port and journal are within their bounds."""
     control = fleet.control
     for place, spec in pipelines_of(control).items():
         _check_pipeline(fleet, spec, place)
@@ -37,6 +38,7 @@ def pipelines_of(control: ControlSpec) -> dict[str, PipelineSpec]:
 
 
 def check_telemetry(telemetry: TelemetrySpec) -> None:
+    """At most one Prometheus, at a URL."""
     url = telemetry.prometheus_url
     if url is None:
         return

@@ -16,6 +16,7 @@ TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
 
 
 def check_gateway(gateway: GatewaySpec) -> None:
+    """Limits, address and keys."""
     for field in ("replicas", "max_queue", "max_attempts", "max_body_bytes"):
         check_at_least(getattr(gateway, field), 1, f"gateway.{field}")
     for field in ("queue_timeout_s", "silence_s"):
@@ -35,6 +36,7 @@ def router_of(fleet: Fleet) -> Router:
 
 
 def check_transport(fleet: Fleet) -> None:
+    """Secret and certificates load, and without these nobody else can listen."""
     transport = fleet.transport
     if transport.kv_bytes_per_s is not None:
         check_positive(transport.kv_bytes_per_s, "transport.kv_bytes_per_s")

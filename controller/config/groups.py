@@ -27,6 +27,7 @@ def nodes_of(fleet: Fleet, pool: str) -> tuple[NodeSpec, ...]:
 
 
 def check_groups(fleet: Fleet) -> None:
+    """Each by itself, then together."""
     for index, group in enumerate(fleet.replicas):
         with placed(f"replicas[{index}]"):
             _check_numbers(group)

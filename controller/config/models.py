@@ -14,6 +14,7 @@ MAX_MODEL_CHARS = 200  # Hub names are up to 96; clients name a model in every r
 
 
 def check_model_names(fleet: Fleet) -> None:
+    """Any that a client can ask for, once each."""
     for index, model in enumerate(fleet.models):
         if not model.name.isprintable() or " " in model.name or not 0 < len(model.name) <= MAX_MODEL_CHARS:
             raise InvalidConfig(f"models[{index}].name {model.name!r} is not 1 to {MAX_MODEL_CHARS} characters without spaces")

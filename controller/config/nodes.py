@@ -8,6 +8,7 @@ from controller.config.bounds import check_at_least, check_known, check_name, ch
 
 
 def check_nodes(fleet: Fleet) -> None:
+    """Each by itself, and no name twice."""
     for index, node in enumerate(fleet.nodes):
         with placed(f"nodes[{index}]"):
             _check_node(node)

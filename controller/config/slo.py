@@ -25,6 +25,7 @@ class Floor(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_slo(fleet: Fleet) -> None:
+    """Any replica of a model may get a short prompt, only those that decode have a TPOT; the fastest says what can be promised."""
     for name, slo in fleet.slo.items():
         for field in slo.__struct_fields__:
             if (bound := getattr(slo, field)) is not None:
