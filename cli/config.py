@@ -93,7 +93,9 @@ def diff(file: File = Path("cluster.yaml"), fleet: FleetName = None, as_json: As
         rows = [{**msgspec.structs.asdict(difference), "live": difference.live} for difference in found]
         typer.echo(msgspec.json.encode(rows))
     else:
-        _print_differences(found, file, home)
+        console = Console()
+        _print_differences(found, file, home, console)
+        _print_verdict(found, console)
 
 
 @app.command()
@@ -109,7 +111,7 @@ def reload(file: File = Path("cluster.yaml"), fleet: FleetName = None) -> None:
     with _unchanged(home.path.name):
         check_fleet(file, new, here=_is_local(home), running=True)
         found = differences(old, new)
-        _print_differences(found, file, home)
+        _print_differences(found, file, home, Console())
         check_reload(old, new)
     if found:
         changed = ask(home, "reload", list[str], fleet=msgspec.to_builtins(new))
@@ -160,20 +162,22 @@ def differences_table(found: Sequence[Difference]) -> Table:
     table = _table("", ("setting", "of", "running", "file", "live"), ())
     for one in found:
         live = Text("yes", "green") if one.live else Text("no", "red")
-        _add(table, one.path, one.of, Text(shown(one.old), "red"), Text(shown(one.new), "green"), live)
+        _add(table, one.path, one.of, Text(shown(one.old), "dim"), shown(one.new), live)
     return table
 
 
-def _print_differences(found: Sequence[Difference], file: Path, home: FleetHome) -> None:
-    console = Console()
-    if not found:
+def _print_differences(found: Sequence[Difference], file: Path, home: FleetHome, console: Console) -> None:
+    if found:
+        console.print(differences_table(found))
+    else:
         console.print(f"{file} is what fleet {home.path.name} runs with", markup=False, soft_wrap=True)
-        return
-    console.print(differences_table(found))
+
+
+def _print_verdict(found: Sequence[Difference], console: Console) -> None:
     fixed = sum(not one.live for one in found)
     if fixed:
         console.print(f"{fixed} of {len(found)} need `mobula down` and `mobula up`", style="red", markup=False)
-    else:
+    elif found:
         console.print("all can change while it runs: `mobula config reload`", style="green", markup=False)
 
 

@@ -13,6 +13,8 @@ from cluster.fleet import Fleet
 from controller.config import check_fleet, expand, load_fleet, memory_by_node
 from tests.controller.config.good import GOOD
 
+HTTP_PORT = "control: {{http_port: {}}}\ngateway:"
+
 
 def read_fleet(path: Path) -> Fleet:
     fleet = load_fleet(path)
@@ -190,13 +192,16 @@ def test_a_local_prometheus_needs_a_local_fleet(write):
         check_fleet(path, load_fleet(path), here=False)
 
 
-def test_a_port_that_is_taken_is_refused(write):
+@pytest.mark.parametrize(("old", "new", "place"), [("PORT", "{}", "gateway.port"), ("gateway:", HTTP_PORT, "control.http_port")])
+def test_a_port_that_is_taken_is_refused_unless_the_fleet_itself_has_it(write, old: str, new: str, place: str):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(InvalidConfig, match=f"gateway.port {port} on 127.0.0.1 cannot be had"):
-            read_fleet(write(GOOD.replace("PORT", str(port))))
+        path = write(GOOD.replace(old, new.format(port)))
+        with pytest.raises(InvalidConfig, match=f"{place} {port} on 127.0.0.1 cannot be had"):
+            read_fleet(path)
+        check_fleet(path, load_fleet(path), running=True)
 
 
 @pytest.mark.parametrize(("cuda", "here", "refused"), [(False, True, True), (False, False, False), (True, True, False)])
