@@ -26,6 +26,7 @@ SUBCOMMANDS = {
     "up": Subcommand("cli.up:up", "Start what cluster.yaml describes."),
     "down": Subcommand("cli.down:down", "Stop what `up` started, and nothing else."),
     "status": Subcommand("cli.status:status", "Show replicas, their roles and load."),
+    "config": Subcommand("cli.config:app", "Check, show, compare and reload a cluster.yaml."),
     "replay": Subcommand("cli.replay:replay", "Send a trace to an OpenAI endpoint and report latencies."),
     "model": Subcommand("cli.model:app", "Make a small model, without a download."),
     "chaos": Subcommand("cli.chaos:app", "Break something of a local fleet on purpose."),

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from cluster.snapshot import Demand, Workload
+from policies.ranges import at_least, positive
 
 
 class Flow(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +51,14 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A fall is believed when no minute within it was busier. Longer than most lulls of a minute-scale burst (Azure 2023)."""
     sigmas: float = 2.0
     """Standard deviations of a count, one-sided 97.7 %."""
+
+    def __post_init__(self) -> None:
+        if not self.rise_s or list(self.rise_s) != sorted(set(self.rise_s)):
+            raise ValueError(f"rise_s {list(self.rise_s)} is not one window or more, shortest first")
+        positive(rise_s=self.rise_s[0], fall_s=self.fall_s)
+        at_least(0.0, sigmas=self.sigmas)
+        if self.rise_s[-1] > self.fall_s:
+            raise ValueError(f"fall_s {self.fall_s} is below {self.rise_s[-1]}, the longest of rise_s")
 
 
 def mix(buckets: Sequence[Demand], rate_rps: float, dispersion: float) -> Flow:

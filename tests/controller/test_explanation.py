@@ -75,11 +75,14 @@ def test_effective_pipeline_survives_as_text():
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        (PolicySpec(use="policies.nowhere:X"), r"control.policies\[0\].use 'policies.nowhere:X' cannot be imported"),
+        (PolicySpec(use="policies.nowhere:X"), r"control.pipeline.policies\[0\].use 'policies.nowhere:X' cannot be imported"),
         (PolicySpec(use="policies.scaling:Nope"), "cannot be imported as module:Class"),
         (PolicySpec(use="policies.guards:Capacity"), "no msgspec.Struct with a method `decide`"),
-        (PolicySpec(use="policies.scaling:Scaling", settings={"setle_s": 1.0}), "settings: .*setle_s"),
-        (PolicySpec(use="policies.scaling:Scaling", settings={"window": {"sigmas": "two"}}), r"settings: Expected `float`"),
+        (PolicySpec(use="policies.scaling:Scaling", settings={"setle_s": 1.0}), r"policies\[0\].settings.setle_s"),
+        (
+            PolicySpec(use="policies.scaling:Scaling", settings={"window": {"sigmas": "two"}}),
+            r"settings.window.sigmas: Expected `float`",
+        ),
     ],
 )
 def test_impossible_policy_is_refused_with_its_place(spec: PolicySpec, said: str):
