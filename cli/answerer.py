@@ -13,6 +13,8 @@ from cli.faults import Faults
 from cluster.errors import InvalidRequest, MobulaError, Unreachable
 from cluster.fleet import Fleet
 from cluster.snapshot import Hold
+from controller.config import check
+from controller.reload import check_reload, differences
 from controller.status import FleetStatus
 
 if TYPE_CHECKING:
@@ -76,9 +78,8 @@ class Answerer:
 
     async def _reload(self, fleet: Fleet) -> list[str]:
         """What changed."""
-        from controller.reload import check_reload, differences
-
         old = await self._ask("fleet")
+        check(fleet)
         check_reload(old, fleet)
         await self._ask("reload", fleet)
         return [str(one) for one in differences(old, fleet)]

@@ -174,7 +174,8 @@ class _Supervisor:
         self._begun = True
         total = sum(spec.count for spec in self._fleet.replicas)
         self._tell(Progress(kind="phase", text=f"Starting the controller and {total} replicas", total=total))
-        controller = await start_controller(self._fleet, self._home.path, self._secret)
+        prometheus_url = self._prometheus.url if self._prometheus else None
+        controller = await start_controller(self._fleet, self._home.path, self._secret, prometheus_url)
         await self._all_ready(controller)
         self._tell(Progress(kind="phase", text="Opening the gateway"))
         await self._open_gateway()
@@ -188,8 +189,6 @@ class _Supervisor:
         tls_dir = self._fleet.transport.tls_dir
         ca_file = None if tls_dir is None else Path(tls_dir, "ca.pem")
         self._prometheus = await start_prometheus(self._home.path / "prometheus", ca_file)
-        telemetry = msgspec.structs.replace(self._fleet.telemetry, prometheus_url=self._prometheus.url)
-        self._fleet = msgspec.structs.replace(self._fleet, telemetry=telemetry)
 
     async def _all_ready(self, controller: ControllerClient) -> None:
         """Raises why the first replica that failed did not start."""

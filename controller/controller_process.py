@@ -35,13 +35,13 @@ log = logging.getLogger(__name__)
 class ControllerProcess:
     """Calls are as those of `FleetController`."""
 
-    def __init__(self, directory: str, secret: str) -> None:
-        """directory: of the fleet's config and journal. Raises InvalidConfig."""
+    def __init__(self, directory: str, secret: str, prometheus_url: str | None = None) -> None:
+        """As FleetController. Raises InvalidConfig."""
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._loop = uvloop.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="controller", daemon=True).start()
         self._fault: MobulaError | None = None
-        self._controller = asyncio.run_coroutine_threadsafe(_made(Path(directory), secret), self._loop).result()
+        self._controller = asyncio.run_coroutine_threadsafe(_made(Path(directory), secret, prometheus_url), self._loop).result()
         self._running = asyncio.run_coroutine_threadsafe(self._run(), self._loop)
 
     async def _run(self) -> None:
@@ -116,8 +116,8 @@ class ControllerProcess:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
 
 
-async def _made(directory: Path, secret: str) -> FleetController:
+async def _made(directory: Path, secret: str, prometheus_url: str | None) -> FleetController:
     """On the loop, to which its links and waiters belong."""
     fleet = read_fleet(directory)
     transport = GrpcTransport(Credential(secret=secret, tls_dir=fleet.transport.tls_dir))
-    return FleetController(directory, lambda fleet, epoch: RayHosts(fleet, secret, epoch), transport)
+    return FleetController(directory, lambda fleet, epoch: RayHosts(fleet, secret, epoch), transport, prometheus_url=prometheus_url)

@@ -12,14 +12,14 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from cluster.actions import Decision
-from cluster.errors import InvalidConfig, InvalidRequest, InvalidTrace
+from cluster.errors import InvalidConfig, InvalidRequest, InvalidTrace, MobulaError
 from cluster.fleet import Fleet, PipelineSpec, PolicySpec
 from cluster.metrics import DEMAND_NAMES, Sample
 from cluster.placement import group_of
@@ -64,8 +64,13 @@ KEEP = PipelineSpec(policies=(PolicySpec(use="policies.keep:Keep"),), guards=(Po
 class FleetController:
     """Made anew by each restart."""
 
-    def __init__(self, directory: Path, hosts: Any, transport: Transport) -> None:
-        """directory: of `fleet.json` and the journal. hosts: makes the `Hosts` of a fleet and an epoch. Raises InvalidConfig."""
+    def __init__(
+        self, directory: Path, hosts: Callable[[Fleet, int], Hosts], transport: Transport, *, prometheus_url: str | None = None
+    ) -> None:
+        """directory: of `fleet.json` and the journal. hosts: made for a fleet and an epoch. prometheus_url: of the fleet's own one.
+
+        Raises InvalidConfig.
+        """
         self.fleet = read_fleet(directory)
         self._directory = directory
         self._journal = open_journal(directory / "journal.sqlite", self.fleet.control.journal_bytes)
@@ -73,15 +78,16 @@ class FleetController:
         self._last = last
         self.epoch = 1 if last is None else last.epoch + 1
         self.clock = steady_clock(0.0 if last is None else last.snapshot.now_s)
-        self._hosts: Hosts = hosts(self.fleet, self.epoch)
+        self._hosts = hosts(self.fleet, self.epoch)
         self.registry = Registry(secrets.token_hex(8), self.epoch, self._table_changed)
         self.machines = Machines(self.clock)
         self.watch = Watch(self.registry, self.machines, {node.name: node.pool for node in self.fleet.nodes}, self.clock)
         self.orders = Orders(_start_timeouts(self.fleet))
         self.actuator = Actuator(self.fleet, self._hosts, self.orders, self.registry, self.watch, self.clock)
         self.window = Window(SPAN_S)
-        url = self.fleet.telemetry.prometheus_url
-        self.feed = TelemetryFeed(self.window if url is None else Prometheus(url, SPAN_S), DEMAND_NAMES, self.clock)
+        self._prometheus_url = prometheus_url or self.fleet.telemetry.prometheus_url
+        source = self.window if self._prometheus_url is None else Prometheus(self._prometheus_url, SPAN_S)
+        self.feed = TelemetryFeed(source, DEMAND_NAMES, self.clock)
         self._links = WorkerLinks(transport, f"{WATCHER}{self.epoch}", self.watch, silence_s=SILENCE_S)
         self._losses = 0
         observer = Observer(
@@ -102,7 +108,6 @@ class FleetController:
         self._failed: dict[str, tuple[str, bool]] = {}
         """Of starts: why, and whether it would happen again."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = False
         self.controller = Controller(
             observer,
             self.actuator,
@@ -118,12 +123,21 @@ class FleetController:
 
     async def run(self) -> None:
         """Takes over from whoever was before, and controls for ever."""
-        await self._server.start(port=self.fleet.control.http_port)
+        await self._serve()
         self._do(self.feed.run())
         await self._take_stock()
         self._do(self._keep_stock())
         await self._take_over()
         await self.controller.run()
+
+    async def _serve(self) -> None:
+        """A port that cannot be had is an error of the first start; later, the fleet is controlled on without it."""
+        try:
+            await self._server.start(port=self.fleet.control.http_port)
+        except InvalidConfig as error:
+            if self._last is None:
+                raise
+            log.error("%s: no metrics and no service discovery", error)
 
     async def _take_over(self) -> None:
         """What an earlier controller knew and had begun; and who runs already, before anything new is decided."""
@@ -142,9 +156,11 @@ class FleetController:
 
     async def _settled(self, expected: Iterable[str]) -> None:
         """Until all of them have registered, or had the time to."""
-        waiting, until_s = set(expected), self.clock() + SETTLE_S
-        while waiting - self.registry.table.replicas.keys() and self.clock() < until_s:
-            await asyncio.sleep(SETTLE_POLL_S)
+        waiting = frozenset(expected)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_S):
+                while waiting - self.registry.table.replicas.keys():
+                    await self.registry.changed()
 
     def _give_up(self, states: Iterable[ReplicaState]) -> None:
         """They ended while nobody watched, or hang."""
@@ -168,29 +184,24 @@ class FleetController:
 
     async def shutdown(self, drain_s: float) -> None:
         """End every worker: what runs may take so long to finish."""
-        self._stopping = True
         for task in tuple(self._tasks):
             task.cancel()
-        rows = self.registry.table.replicas
+        rows = tuple(self.registry.table.membership.replicas)
+        await asyncio.gather(*(self._drain(row, drain_s) for row in rows))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s + SETTLE_S):
-                drains = [self._drained(row, drain_s) for row in rows.values()]
-                await asyncio.gather(*drains)
-                while (await self._hosts.inventory()).workers & {row.worker_id for row in rows.values()}:
-                    await asyncio.sleep(SETTLE_POLL_S)
-        left = {row.worker_id: row for row in self.registry.table.replicas.values()}
-        running = (await self._hosts.inventory()).workers
-        ends = [
-            self._hosts.end(name, left[name].node if name in left else "", left[name].pid if name in left else 0)
-            for name in running
-        ]
-        await asyncio.gather(*ends, return_exceptions=True)
+                while (await self._hosts.inventory()).workers & {row.worker_id for row in rows}:  # noqa: ASYNC110
+                    await asyncio.sleep(SETTLE_POLL_S)  # A process that ends tells nobody.
+        left = {row.worker_id: row for row in self.registry.table.membership.replicas}
+        for worker_id in (await self._hosts.inventory()).workers:
+            row = left.get(worker_id)
+            await self._hosts.end(worker_id, row.node if row else "", row.pid if row else 0)
         await self._links.close()
         await self._server.close()
         self._journal.close()
 
-    async def _drained(self, row: Replica, drain_s: float) -> None:
-        with contextlib.suppress(Exception):
+    async def _drain(self, row: Replica, drain_s: float) -> None:
+        with contextlib.suppress(MobulaError):
             await self._hosts.drain(row.worker_id, row.replica_id, drain_s)
 
     # What workers and gateways say
@@ -253,7 +264,7 @@ class FleetController:
             mode=self.fleet.control.mode,
             gateways=tuple(f"{self.fleet.scheme}://{address}" for address in self.registry.gateways()),
             http_url=f"http://{self._server.address}",
-            prometheus_url=self.fleet.telemetry.prometheus_url or "",
+            prometheus_url=self._prometheus_url or "",
             controller_pid=os.getpid(),
             failures=self.controller.failures,
             unwritten=self.controller.unwritten,

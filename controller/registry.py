@@ -101,8 +101,12 @@ class Registry:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(timeout_s, MAX_WAIT_S)):
                 while self.table.membership.version <= after_version:
-                    await self._changed.wait()
+                    await self.changed()
         return self.table.membership
+
+    async def changed(self) -> None:
+        """Until the table's next change."""
+        await self._changed.wait()
 
     def gateways(self) -> tuple[str, ...]:
         """Addresses of the gateway replicas that have asked of late."""

@@ -37,15 +37,12 @@ def check_nodes(fleet: Fleet) -> None:
             )
 
 
-async def start_controller(fleet: Fleet, directory: Path, secret: str) -> ControllerClient:
+async def start_controller(fleet: Fleet, directory: Path, secret: str, prometheus_url: str | None = None) -> ControllerClient:
     """The fleet's controller, on this node, where its directory is; an earlier one's journal there is put aside.
 
     Ray starts it again whenever it dies. Raises what keeps it from running.
     """
-    journal = directory / "journal.sqlite"
-    for suffix in ("", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            Path(f"{journal}{suffix}").replace(f"{directory / 'journal.before.sqlite'}{suffix}")
+    put_journal_aside(directory)
     write_fleet(directory, fleet)
     here = ray.get_runtime_context().get_node_id()
     actor = ray.remote(ControllerProcess).options(
@@ -58,7 +55,7 @@ async def start_controller(fleet: Fleet, directory: Path, secret: str) -> Contro
         scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
     )
     try:
-        handle = actor.remote(str(directory), secret)
+        handle = actor.remote(str(directory), secret, prometheus_url)
     except ValueError as error:
         raise InvalidConfig(f"a fleet named {fleet.name} runs in this Ray already: {error}") from error
     try:
@@ -70,6 +67,13 @@ async def start_controller(fleet: Fleet, directory: Path, secret: str) -> Contro
         report = str(error).strip()
         raise error_in(report) or Unreachable(f"the controller died while it started: {report.splitlines()[-1]}") from error
     return ControllerClient(namespace_of(fleet.name))
+
+
+def put_journal_aside(directory: Path) -> None:
+    """A fleet that starts anew begins a new one; the one before it can still be read."""
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            (directory / f"journal.sqlite{suffix}").replace(directory / f"journal.before.sqlite{suffix}")
 
 
 async def stop_controller(fleet_name: str, drain_s: float) -> None:

@@ -20,7 +20,7 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hosts(Protocol):
-    """Every order is absolute: giving it twice is harmless. All raise Unreachable where nobody answers, or the worker's own error."""
+    """Orders are absolute: one given twice is harmless. All raise Unreachable where nobody answers, or the worker's own error."""
 
     async def start(self, worker_id: str, node: NodeSpec, plan: ReplicaPlan) -> None:
         """Have the worker, made if it is not there, host this replica. Returns when that has begun."""

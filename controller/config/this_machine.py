@@ -16,7 +16,6 @@ from cluster.fleet import Fleet, ModelSpec, ReplicaGroup
 from cluster.kv import DTYPE_BYTES, KvLayout
 from cluster.placement import limits_of, slots_of
 from controller.config.groups import model_of, nodes_of
-from controller.config.placing import expand
 
 MEMORY_SHARE = 0.8  # Of the memory there is for weights and KV: activations and the rest of the machine need the remainder.
 
@@ -39,12 +38,11 @@ def check_this_machine(fleet: Fleet, *, running: bool = False) -> None:
 
 
 def memory_by_node(fleet: Fleet) -> Counter[str]:
-    """Bytes of main memory for weights and KV that each node's replicas will take; more while they load."""
-    taken: Counter[str] = Counter()
-    for plan in expand(fleet):
-        for replica in plan.replicas:
-            taken[plan.node.name] += _kv_bytes(replica.model, replica.group) + _weight_bytes(replica.model, replica.group)
-    return taken
+    """Bytes of main memory for each node's even share of the weights and KV that its pool may host; more while they load."""
+    pools: Counter[str] = Counter()
+    for group in fleet.replicas:
+        pools[group.pool] += _most(fleet, group) * _replica_bytes(fleet, group)
+    return Counter({node.name: pools[node.pool] // len(nodes_of(fleet, node.pool)) for node in fleet.nodes})
 
 
 def layout_of(config: Path, dtype: str, block_tokens: int) -> KvLayout:
@@ -69,13 +67,22 @@ def _check_memory(fleet: Fleet) -> None:
     total = 0
     for index, group in enumerate(fleet.replicas):
         kv, weights = _kv_bytes(model_of(fleet, group), group), _weight_bytes(model_of(fleet, group), group)
-        most = min(limits_of(group)[1], sum(slots_of(fleet, node) for node in nodes_of(fleet, group.pool)))
+        most = _most(fleet, group)
         total += most * (kv + weights)
         if total > bound:
             raise InvalidConfig(
                 f"replicas[{index}]: {most} x ({group.kv_blocks} kv_blocks, {kv} bytes, and {weights} of weights) bring the "
                 f"fleet to {total} bytes, above {bound}, {MEMORY_SHARE:.0%} of this machine's available memory"
             )
+
+
+def _most(fleet: Fleet, group: ReplicaGroup) -> int:
+    return min(limits_of(group)[1], sum(slots_of(fleet, node) for node in nodes_of(fleet, group.pool)))
+
+
+def _replica_bytes(fleet: Fleet, group: ReplicaGroup) -> int:
+    model = model_of(fleet, group)
+    return _kv_bytes(model, group) + _weight_bytes(model, group)
 
 
 def _check_devices(fleet: Fleet) -> None:

@@ -1,7 +1,7 @@
 """Who lives: every worker is listened to over its own stream, and one from which nothing came for SILENCE_S is dead.
 
-That is a matter of bytes alone: what Ray knows of a process's end is used where it is sooner, and waited for nowhere. The workers of
-one node that fall silent together are lost together, once.
+That is a matter of bytes alone: what Ray knows of a process's end is used where it is sooner, and waited for nowhere. The workers
+of one node that fall silent together are lost together, once.
 """
 
 from __future__ import annotations

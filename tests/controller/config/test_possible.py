@@ -1,4 +1,4 @@
-"""Claims about cluster.yaml: what it expands to, and what is refused in which words."""
+"""Claims about cluster.yaml: what is refused, and in which words."""
 
 import contextlib
 import re
@@ -10,7 +10,7 @@ import torch
 
 from cluster.errors import InvalidConfig
 from cluster.fleet import Fleet
-from controller.config import check_fleet, expand, load_fleet, memory_by_node
+from controller.config import check_fleet, load_fleet, memory_by_node
 from tests.controller.config.good import GOOD
 
 HTTP_PORT = "control: {{http_port: {}}}\ngateway:"
@@ -20,21 +20,6 @@ def read_fleet(path: Path) -> Fleet:
     fleet = load_fleet(path)
     check_fleet(path, fleet)
     return fleet
-
-
-def test_replicas_are_named_and_placed_on_nodes_in_turn(write):
-    plans = expand(read_fleet(write(GOOD)))
-    assert [(plan.worker_id, plan.node.name, plan.replicas[0].replica_id) for plan in plans] == [
-        ("worker-0", "a", "prefill-h100-0"),
-        ("worker-1", "b", "decode-a100-80g-0"),
-        ("worker-2", "a", "decode-a100-80g-1"),
-        ("worker-3", "b", "decode-a100-80g-2"),
-    ]
-
-
-def test_emulated_replicas_share_workers(write):
-    text = GOOD.replace("count: 3,", "count: 5, per_worker: 2, engine: emulated,")
-    assert [len(plan.replicas) for plan in expand(read_fleet(write(text)))] == [1, 2, 2, 1]
 
 
 def test_relative_paths_start_from_the_file(write):
