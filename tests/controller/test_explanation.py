@@ -35,9 +35,9 @@ def test_change_is_explained_with_numbers_and_turning_points(tmp_path: Path):
     assert (prefill.before, prefill.after) == (1, 2)
     assert prefill.why.startswith("1 do not carry 40.00 requests/s")
     assert prefill.numbers["needed"] == 2
-    assert any(one.startswith("start prefill-p-") for one in prefill.actions)
+    assert any(one.action.startswith("start prefill-p-") for one in prefill.actions)
     assert any(flip.lever == "demand of m" and flip.outcome != prefill.outcome for flip in prefill.flips)
-    assert [one.endswith("done") for group in answer.groups for one in group.actions].count(True) == 1
+    assert [one.became for group in answer.groups for one in group.actions].count("done") == 1
 
 
 @pytest.mark.parametrize("only", ["m/decode/p", "decode", "decode-p-0", "decode-p-1000"])
