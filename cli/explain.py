@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from cli.journals import FleetName, JournalFile, home_of, open_journal
+from cli.journals import FleetName, JournalFile, home_of, opened
 from cli.times import clock, moment, spell
 from cluster.errors import InvalidConfig, InvalidRequest
 
@@ -33,7 +33,7 @@ COUNTS = ("needed", "enough", "wanted", "low", "high", "short", "spare", "prefil
 
 def explain(
     subject: Annotated[
-        str | None, typer.Argument(metavar="[SUBJECT]", help="A replica, role or group: the last pass that did something about it.")
+        str | None, typer.Argument(metavar="SUBJECT", help="A replica, role or group: the last pass that did something about it.")
     ] = None,
     at: Annotated[
         str | None, typer.Option("--at", metavar="TIME", help="The pass in force then: ISO 8601, HH:MM[:SS], or -5m for ago.")
@@ -46,10 +46,10 @@ def explain(
     journal: JournalFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
-    """Say why: the reason, its numbers, the runner-up, what was dropped, and what would have turned the decision.
+    """Say why: the reason, its numbers, the runner-up, what was dropped, and what would have turned it.
 
-    The last change by default. What would have turned it is computed: deciding again with the stated value gives the stated
-    outcome, and 99 % of the way there does not.
+    Without more, of the last change. A stated turning point is true: deciding again with it gives what is stated, with 99 % of the
+    way there it does not.
 
     Examples:
 
@@ -75,26 +75,17 @@ def explain(
     from controller.explanation import explain as answer_of
 
     now_s = time.time()
-    with open_file(fleet, journal) as opened:
+    with opened(fleet, journal) as source:
         until_s = None if at is None else moment(at, now_s, "--at")
-        chosen = choose(opened, subject, until_s, now_s) if number is None else number
+        chosen = choose(source, subject, until_s, now_s) if number is None else number
         with patience("deciding again") as told:
-            answer = answer_of(opened, chosen, subject, told=told)
+            answer = answer_of(source, chosen, subject, told=told)
         quiet = not any(group.actions for group in answer.groups)
-        before = opened.last_change(answer.at_s) if quiet else None
+        before = source.last_change(answer.at_s) if quiet else None
     if as_json:
         typer.echo(msgspec.json.encode(answer))
     else:
         Console(highlight=False).print(shown(answer, now_s, before))
-
-
-@contextmanager
-def open_file(fleet: str | None, journal: JournalFile) -> Iterator[Journal]:
-    opened = open_journal(fleet, journal)
-    try:
-        yield opened
-    finally:
-        opened.close()
 
 
 def choose(journal: Journal, subject: str | None, until_s: float | None, now_s: float) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +17,17 @@ FleetName = Annotated[str | None, typer.Option("--fleet", metavar="NAME", help="
 JournalFile = Annotated[Path | None, typer.Option("--journal", metavar="FILE", help="A journal that lies elsewhere.")]
 
 
-def open_journal(fleet: str | None, file: Path | None) -> Journal:
-    """To read. Raises InvalidConfig where there is none, InvalidTrace for what is none that this release reads."""
+@contextmanager
+def opened(fleet: str | None, file: Path | None) -> Iterator[Journal]:
+    """A journal to read. Raises InvalidConfig where there is none, InvalidTrace for one that this release does not read."""
     path = file or home_of(fleet).journal_path
     if not path.is_file():
         raise InvalidConfig(f"there is no journal at {path}")
-    return Journal(path, read_only=True)
+    journal = Journal(path, read_only=True)
+    try:
+        yield journal
+    finally:
+        journal.close()
 
 
 def home_of(fleet: str | None) -> FleetHome:

@@ -212,7 +212,7 @@ def _turned(entry: Entry, parts: Sequence[_Part], told: Told) -> list[Sequence[F
     done, of = 0, sum(len(part.levers) for part in parts)
     turned: list[Sequence[Flip]] = []
     for part in parts:
-        found = []
+        found: list[Flip] = []
         for lever in part.levers:
             told(done, of)
             found += counterfactual.flips(part.name, (lever,))

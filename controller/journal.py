@@ -262,7 +262,7 @@ class Journal:
 
     def _number(self, query: str, *values: object) -> int | None:
         row = self._db.execute(query, values).fetchone()
-        return None if row is None else row[0]
+        return None if row is None else int(row[0])
 
     def _shadows(self, number: int) -> dict[str, Decision]:
         rows = self._db.execute("SELECT name, decision FROM shadows WHERE number = ? ORDER BY name", (number,))
