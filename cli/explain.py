@@ -80,12 +80,11 @@ def explain(
         chosen = choose(source, subject, until_s, now_s) if number is None else number
         with patience("deciding again") as told:
             answer = answer_of(source, chosen, subject, told=told)
-        quiet = not any(group.actions for group in answer.groups)
-        before = source.last_change(answer.at_s) if quiet else None
+        hint = "" if any(group.actions for group in answer.groups) else whence(source, answer, subject)
     if as_json:
         typer.echo(msgspec.json.encode(answer))
     else:
-        Console(highlight=False).print(shown(answer, now_s, before))
+        Console(highlight=False).print(shown(answer, now_s, hint))
 
 
 def choose(journal: Journal, subject: str | None, until_s: float | None, now_s: float) -> int:
@@ -127,8 +126,17 @@ def patience(what: str) -> Iterator[Told]:
         bar.stop()
 
 
-def shown(answer: Answer, now_s: float, last_change: int | None = None) -> RenderableType:
-    """An answer to read. `last_change`: the pass before a quiet one in which something was done."""
+def whence(journal: Journal, answer: Answer, subject: str | None) -> str:
+    """Where to look further from a pass in which nothing was done."""
+    about = "" if subject is None else f" about {subject}"
+    before = journal.last_change(answer.at_s) if subject is None else journal.last_touch(subject, answer.at_s)
+    if before is None:
+        return f"Nothing was done{about} in this pass, nor in any before it."
+    return f"Nothing was done{about} in this pass.\nThe last change before it: mobula explain --pass {before}"
+
+
+def shown(answer: Answer, now_s: float, hint: str = "") -> RenderableType:
+    """An answer to read, and after it a hint."""
     head = Text(f"Pass {answer.number}", style="bold")
     head.append(f" at {clock(answer.at_s, now_s)}, {spell(now_s - answer.at_s)} ago, epoch {answer.epoch}", style="not bold")
     if answer.mode == "advise":
@@ -138,10 +146,8 @@ def shown(answer: Answer, now_s: float, last_change: int | None = None) -> Rende
         parts.append(Text(f"This pass did nothing: {answer.failed}", style="red"))
     for group in answer.groups:
         parts += [Text(""), _title(group), Padding(_body(group, answer, now_s), (0, 0, 0, 2))]
-    if not any(group.actions for group in answer.groups):
-        parts += [Text(""), Text("Nothing was done in this pass.", style="dim")]
-        if last_change is not None:
-            parts.append(Text(f"The last change before it: mobula explain --pass {last_change}", style="dim"))
+    if hint:
+        parts += [Text(""), Text(hint, style="dim")]
     return Group(*parts)
 
 

@@ -148,10 +148,17 @@ def _span_s(lasting: str) -> float:
 
 
 def _author(author: str | None) -> str:
-    name = getpass.getuser() if author is None else author
+    name = _user() if author is None else author
     if not name.strip() or not name.isprintable() or len(name) > MOST_AUTHOR_CHARS:
         raise InvalidConfig(f"--author {name!r} is empty, not printable or above {MOST_AUTHOR_CHARS} characters")
     return name
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:
+        raise InvalidConfig("this OS user has no name; say who you are with --author") from error
 
 
 def _check_node(fleet: Fleet, name: str) -> None:
