@@ -180,7 +180,7 @@ def _body(group: GroupAnswer, answer: Answer, now_s: float) -> Table:
         lines = (f"{one.proposal}: {one.why} ({one.by})\n  proposed because {one.reason}" for one in group.dropped)
         body.add_row("dropped", Text("\n".join(lines)))
     if not answer.failed:
-        body.add_row("would turn", _flips(group))
+        body.add_row("would turn", _flips(group, answer.number))
     return body
 
 
@@ -225,7 +225,9 @@ def _step(step: Step, group: GroupAnswer) -> str:
     return f"{step.action}: {step.became}{took}{own}"
 
 
-def _flips(group: GroupAnswer) -> RenderableType:
+def _flips(group: GroupAnswer, number: int) -> RenderableType:
+    if not group.sought:
+        return Text(f"mobula explain {group.group} --pass {number}  looks for it")
     if not group.flips and not group.unturned:
         return Text("no measured number: it does not hang on any")
     parts: list[RenderableType] = []

@@ -14,6 +14,7 @@ from controller.journal import Entry, Journal, Outcome, groups_of
 from controller.pipelines import from_text
 from policies.counterfactual import Counterfactual, Flip, Unnamed, asked, outcome
 
+MOST_TURNED = 6  # Groups whose turning points are looked for unasked: at a thousand replicas of many models each takes a second.
 ALIKE = 0.6  # Of two names, above which one may be a slip of the pen for the other.
 MOST_LIKE = 3
 
@@ -63,6 +64,8 @@ class GroupAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """Nearest first."""
     unturned: tuple[str, ...]
     """Levers that turn nothing within their reach."""
+    sought: bool
+    """Whether turning points were looked for: of all groups asked for by name, else of the first `MOST_TURNED`."""
     window_s: float
     """The time before the pass over which demand and lengths are means; 0 where nothing is known of them."""
 
@@ -97,7 +100,8 @@ def explain(journal: Journal, number: int, only: str | None = None, *, told: Tol
     except KeyError:
         raise InvalidRequest(f"pass {number} is not in the journal", param="pass") from None
     parts = [_Part(entry, name, only) for name in _names(entry, only)]
-    turned = _turned(entry, parts, told)
+    sought = [] if entry.decision.failed else parts if only is not None else parts[:MOST_TURNED]
+    turned = _turned(entry, sought, told)
     outcomes = {one.action: one for one in journal.outcomes(number)}
     return Answer(
         number=number,
@@ -105,7 +109,7 @@ def explain(journal: Journal, number: int, only: str | None = None, *, told: Tol
         epoch=entry.epoch,
         mode=entry.mode,
         failed=entry.decision.failed,
-        groups=tuple(part.answer(outcomes, flips) for part, flips in zip(parts, turned, strict=True)),
+        groups=tuple(part.answer(outcomes, turned.get(part.name)) for part in parts),
     )
 
 
@@ -165,10 +169,11 @@ class _Part:
             return self._wish.reason.levers
         return tuple(dict.fromkeys(lever for one in self._dropped for lever in one.action.reason.levers))
 
-    def answer(self, outcomes: Mapping[int, Outcome], flips: Sequence[Flip]) -> GroupAnswer:
+    def answer(self, outcomes: Mapping[int, Outcome], flips: Sequence[Flip] | None) -> GroupAnswer:
+        """`flips`: None where they were not looked for."""
         snapshot, decision, reason = self._entry.snapshot, self._entry.decision, self._wish and self._wish.reason
         before = snapshot.group_by_name[self._name].wanted
-        turning = {flip.lever for flip in flips}
+        turning = {flip.lever for flip in flips or ()}
         workload = snapshot.workload_by_model.get(snapshot.group_by_name[self._name].model)
         return GroupAnswer(
             group=self._name,
@@ -182,8 +187,9 @@ class _Part:
             runner_up=reason.runner_up if reason else "",
             actions=tuple(self._step(action, outcomes.get(index)) for index, action in self._actions),
             dropped=tuple(_objection(one) for one in self._dropped),
-            flips=tuple(flips),
-            unturned=tuple(lever for lever in self.levers if lever not in turning),
+            flips=tuple(flips or ()),
+            unturned=() if flips is None else tuple(lever for lever in self.levers if lever not in turning),
+            sought=flips is not None,
             window_s=len(workload.buckets) * workload.bucket_s if workload else 0.0,
         )
 
@@ -203,22 +209,18 @@ class _Part:
         )
 
 
-def _turned(entry: Entry, parts: Sequence[_Part], told: Told) -> list[Sequence[Flip]]:
-    """The flips of each part. A pass that failed has none: what raised is no number."""
-    if entry.decision.failed:
-        return [()] * len(parts)
+def _turned(entry: Entry, parts: Sequence[_Part], told: Told) -> dict[str, Sequence[Flip]]:
+    """The flips of each part, by its name."""
+    if not parts:
+        return {}
     pipeline = msgspec.structs.replace(from_text(entry.pipeline), expansion=Unnamed())
     counterfactual = Counterfactual(pipeline.decide, entry.snapshot)
-    done, of = 0, sum(len(part.levers) for part in parts)
-    turned: list[Sequence[Flip]] = []
-    for part in parts:
-        found: list[Flip] = []
-        for lever in part.levers:
-            told(done, of)
-            found += counterfactual.flips(part.name, (lever,))
-            done += 1
-        turned.append(sorted(found, key=lambda flip: flip.distance))
-    return turned
+    turns = [(part.name, lever) for part in parts for lever in part.levers]
+    found: dict[str, list[Flip]] = {part.name: [] for part in parts}
+    for done, (name, lever) in enumerate(turns):
+        told(done, len(turns))
+        found[name] += counterfactual.flips(name, (lever,))
+    return {name: sorted(flips, key=lambda flip: flip.distance) for name, flips in found.items()}
 
 
 def _as_recorded(decision: Decision) -> Decision:
@@ -230,9 +232,9 @@ def _names(entry: Entry, only: str | None) -> list[str]:
     """The groups to tell about, in order."""
     snapshot, decision = entry.snapshot, entry.decision
     if only is None:
-        concerned = (*decision.actions, *(one.action for one in decision.dropped))
-        touched = {name for action in concerned for name in groups_of(snapshot, action)}
-        return sorted(touched) or [group.name for group in snapshot.groups]
+        touched = {name for action in decision.actions for name in groups_of(snapshot, action)}
+        stopped = {name for one in decision.dropped for name in groups_of(snapshot, one.action)} - touched
+        return [*sorted(touched), *sorted(stopped)] or [group.name for group in snapshot.groups]
     of_replica = {replica.group for replica in snapshot.replicas if replica.replica_id == only}
     of_replica |= {name for action in decision.actions if only in action.claims for name in groups_of(snapshot, action)}
     of_role = {group.name for group in snapshot.groups if only in (group.name, group.role.value)}

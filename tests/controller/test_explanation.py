@@ -9,7 +9,7 @@ from cluster.errors import InvalidConfig, InvalidRequest
 from cluster.fleet import PipelineSpec, PolicySpec
 from cluster.replica import Role
 from cluster.snapshot import Hold
-from controller.explanation import explain, replay
+from controller.explanation import MOST_TURNED, explain, replay
 from controller.journal import Entry, Journal, Outcome
 from controller.pipelines import as_text, build, from_text
 from policies.counterfactual import outcome
@@ -213,6 +213,15 @@ def test_failed_pass_says_what_raised_and_turns_on_nothing(tmp_path: Path):
 def test_slip_of_the_pen_is_answered_with_near_names(tmp_path: Path):
     with pytest.raises(InvalidRequest, match="near it are decode"):
         explain(journal_with(tmp_path / "j"), 1, "decoed")
+
+
+def test_turning_points_of_many_groups_are_looked_for_by_name_only(tmp_path: Path):
+    groups = [group(Role.MIXED, 1, model=f"m{index}") for index in range(MOST_TURNED + 2)]
+    snapshot = cluster(groups, [steady(9.0, model=one.model) for one in groups], pass_number=1)
+    journal = Journal(tmp_path / "j")
+    journal.write(Entry(epoch=3, pipeline=as_text(SPEC), mode="act", snapshot=snapshot, decision=PIPELINE.decide(snapshot)))
+    assert [one.sought for one in explain(journal, 1).groups] == [True] * MOST_TURNED + [False] * 2
+    assert all(one.sought and one.flips for one in explain(journal, 1, "mixed").groups)
 
 
 def test_one_is_told_how_far_it_is(tmp_path: Path):
