@@ -15,17 +15,10 @@ from cluster.actions import Decision, Reason, ScaleRole
 from cluster.snapshot import Hold
 from controller.explanation import Answer
 from controller.journal import Entry, Journal
-from tests.controller.scripted import LOST_AT, play
+from tests.controller.scripted import LOST_AT
 from tests.policies.clusters import BUCKET_S, NOW_S, cluster, group, steady
 
 WIDTH = 90
-
-
-@pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("played") / "journal.sqlite"
-    play(path).close()
-    return path
 
 
 @pytest.fixture(autouse=True)

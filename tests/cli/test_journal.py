@@ -18,13 +18,6 @@ from tests.controller.scripted import LOST_AT, play
 from tests.policies.clusters import BUCKET_S, NOW_S, cluster, group, steady
 
 
-@pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("played") / "journal.sqlite"
-    play(path).close()
-    return path
-
-
 @pytest.fixture(autouse=True)
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")

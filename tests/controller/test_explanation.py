@@ -9,12 +9,13 @@ from cluster.errors import InvalidConfig, InvalidRequest
 from cluster.fleet import PipelineSpec, PolicySpec
 from cluster.replica import Role
 from cluster.snapshot import Hold
-from controller.explanation import MOST_TURNED, explain, replay
+from controller import explanation
+from controller.explanation import explain, replay
 from controller.journal import Entry, Journal, Outcome
 from controller.pipelines import as_text, build, from_text
 from policies.counterfactual import outcome
 from policies.levers import write
-from tests.controller.scripted import LOST_AT, LOST_NODE, play
+from tests.controller.scripted import LOST_AT, LOST_NODE
 from tests.policies.clusters import NOW_S, cluster, group, steady
 
 SPEC = PipelineSpec()
@@ -92,9 +93,8 @@ def test_impossible_policy_is_refused_with_its_place(spec: PolicySpec, said: str
 
 
 @pytest.fixture(scope="module")
-def scripted(tmp_path_factory: pytest.TempPathFactory) -> Journal:
-    play(path := tmp_path_factory.mktemp("scripted") / "j").close()
-    return Journal(path, read_only=True)
+def scripted(played: Path) -> Journal:
+    return Journal(played, read_only=True)
 
 
 def test_script_has_a_burst_a_role_change_a_lost_node_and_a_lull(scripted: Journal):
@@ -215,12 +215,13 @@ def test_slip_of_the_pen_is_answered_with_near_names(tmp_path: Path):
         explain(journal_with(tmp_path / "j"), 1, "decoed")
 
 
-def test_turning_points_of_many_groups_are_looked_for_by_name_only(tmp_path: Path):
-    groups = [group(Role.MIXED, 1, model=f"m{index}") for index in range(MOST_TURNED + 2)]
+def test_turning_points_of_many_groups_are_looked_for_by_name_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(explanation, "MOST_TURNED", 1)
+    groups = [group(Role.MIXED, 1, model=f"m{index}") for index in range(3)]
     snapshot = cluster(groups, [steady(9.0, model=one.model) for one in groups], pass_number=1)
     journal = Journal(tmp_path / "j")
     journal.write(Entry(epoch=3, pipeline=as_text(SPEC), mode="act", snapshot=snapshot, decision=PIPELINE.decide(snapshot)))
-    assert [one.sought for one in explain(journal, 1).groups] == [True] * MOST_TURNED + [False] * 2
+    assert [one.sought for one in explain(journal, 1).groups] == [True, False, False]
     assert all(one.sought and one.flips for one in explain(journal, 1, "mixed").groups)
 
 
