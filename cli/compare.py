@@ -97,7 +97,7 @@ def _challenger(name: str, groups: list[GroupComparison], now_s: float) -> list[
     for heading in ("mean replicas", "replica-hours", "USD", "changes"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in groups:
-        table.add_row(one.group, f"{one.differing / one.passes:.1%}", *_cells(one.acting, one.proposed))
+        table.add_row(Text(one.group), f"{one.differing / one.passes:.1%}", *_cells(one.acting, one.proposed))
     if len(groups) > 1:
         table.add_section()
         table.add_row("all", "", *_cells(_sum([one.acting for one in groups]), _sum([one.proposed for one in groups])))

@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from cli.figures import figure
 from cli.journals import FleetName, JournalFile, home_of, opened
 from cli.times import clock, moment, spell
 from cluster.errors import InvalidConfig, InvalidRequest
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 PATIENCE_S = 1.0  # A progress bar that would be gone before it is read is not shown.
 MOST_STEPS = 8  # Of one group; all of them are in --json.
 MOST_NUMBERS_IN_LINE = 4
+EVERY_DIGIT = 15  # Of a stated turning point: rounded, it might not turn.
 SUFFIXES = {"rps": "requests/s", "tokens": "tokens", "s": "s"}
 COUNTS = ("needed", "enough", "wanted", "low", "high", "short", "spare", "prefill", "decode", "prefill_before", "decode_before")
 """Of the policies' numbers, those that count replicas."""
@@ -208,9 +210,9 @@ def quantity(name: str, value: float, now_s: float) -> tuple[str, str]:
     if name == "expires_s":
         return "until", clock(value, now_s)
     if words and suffix in SUFFIXES:
-        return words.replace("_", " "), f"{value:,.4g} {SUFFIXES[suffix]}"
+        return words.replace("_", " "), f"{figure(value)} {SUFFIXES[suffix]}"
     unit = "" if name not in COUNTS else " replica" if value == 1 else " replicas"
-    return name.replace("_", " "), f"{value:,.4g}{unit}"
+    return name.replace("_", " "), f"{figure(value)}{unit}"
 
 
 def _steps(group: GroupAnswer) -> Text:
@@ -238,8 +240,8 @@ def _flips(group: GroupAnswer, number: int) -> RenderableType:
             grid.add_column(justify=justify, no_wrap=True)
         grid.add_column(overflow="fold")
         for flip in group.flips:
-            stated = f"{flip.turns_at:.15g} {flip.unit}"
-            grid.add_row(_own(flip.lever, group), _was(flip), "->", stated, _change(flip), Text(f"gives {flip.outcome}"))
+            stated = f"{figure(flip.turns_at, EVERY_DIGIT)} {flip.unit}"
+            grid.add_row(Text(_own(flip.lever, group)), _was(flip), "->", stated, _change(flip), Text(f"gives {flip.outcome}"))
         parts.append(grid)
     if group.unturned:
         from policies.counterfactual import REACH
@@ -265,4 +267,4 @@ def _change(flip: Flip) -> str:
 def _was(flip: Flip) -> str:
     """To as many digits as the turning point has, and one more."""
     digits = len(f"{flip.turns_at:.15g}".replace(".", "").strip("0"))
-    return f"{flip.was:.{max(4, digits + 1)}g}"
+    return figure(flip.was, max(4, digits + 1))

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.ask import ask
+from cli.figures import figure
 from cli.fleet_home import FleetHome
 from cluster.errors import InvalidConfig, InvalidRequest
 from cluster.fleet import Fleet
@@ -145,5 +146,5 @@ def _label(name: str) -> str:
 def _amount(name: str, value: float) -> str:
     """Seconds in milliseconds below one; other things as they are."""
     if not name.endswith("_s"):
-        return f"{value:,.4g}"
+        return figure(value)
     return f"{value * 1000:.1f} ms" if abs(value) < 1.0 else f"{value:.2f} s"
