@@ -229,7 +229,7 @@ def _step(step: Step, group: GroupAnswer) -> str:
 
 def _flips(group: GroupAnswer, number: int) -> RenderableType:
     if not group.sought:
-        return Text(f"mobula explain {group.group} --pass {number}  looks for it")
+        return Text(f"is looked for by `mobula explain {group.group} --pass {number}`")
     if not group.flips and not group.unturned:
         return Text("no measured number: it does not hang on any")
     parts: list[RenderableType] = []
