@@ -86,6 +86,4 @@ def _label(axis: Axes, marks: Sequence[Mark]) -> None:
     for number, mark in enumerate(marks):
         place = {"xy": (mark.at_s, 0.97 - 0.075 * (number % 6)), "xycoords": axis.get_xaxis_transform()}
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.0}
-        axis.annotate(
-            mark.label, **place, xytext=(3, 0), textcoords="offset points", va="top", fontsize=8, color=INK, bbox=box
-        )
+        axis.annotate(mark.label, **place, xytext=(3, 0), textcoords="offset points", va="top", fontsize=8, color=INK, bbox=box)
