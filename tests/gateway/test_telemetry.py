@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.metrics import DEMAND_NAMES, Sample
 from gateway import telemetry
@@ -76,6 +77,20 @@ async def test_times_are_whole_milliseconds(soon):
     async with pushing(controller):
         await controller.told()
     assert all(at_s == round(at_s, 3) for at_s, _ in controller.pushed)
+
+
+async def test_what_is_told_is_what_would_be_scraped(serve):
+    async with serve(FakeFleet("a")) as served:
+        await served.client.completions.create(model=MODEL, prompt="alice", max_tokens=2)
+        text = (await served.http.get("/metrics")).text
+        told = served.gateway._metrics.samples("g:1")
+    scraped = [
+        Sample(one.name, tuple(sorted({**one.labels, "instance": "g:1"}.items())), one.value)
+        for family in text_string_to_metric_families(text)
+        for one in family.samples
+        if one.name in DEMAND_NAMES
+    ]
+    assert told == tuple(sorted(scraped, key=lambda one: (one.name, one.labels)))
 
 
 async def test_a_gateway_tells_its_counters_from_zero_on(serve, soon):
