@@ -86,7 +86,7 @@ class FleetController:
         self.actuator = Actuator(self.fleet, self._hosts, self.orders, self.registry, self.watch, self.clock)
         self.window = Window(SPAN_S)
         self._prometheus_url = prometheus_url or self.fleet.telemetry.prometheus_url
-        source = self.window if self._prometheus_url is None else Prometheus(self._prometheus_url, SPAN_S)
+        source = self.window if self._prometheus_url is None else Prometheus(self._prometheus_url, SPAN_S, self.fleet.name)
         self.feed = TelemetryFeed(source, DEMAND_NAMES, self.clock)
         self._links = WorkerLinks(transport, f"{WATCHER}{self.epoch}", self.watch, silence_s=SILENCE_S)
         self._losses = 0

@@ -8,6 +8,7 @@ samples it is taken to have risen evenly.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
@@ -38,11 +39,14 @@ def risen(series: Iterable[Series], edges_s: np.ndarray) -> np.ndarray:
     """By how much the counters rose between neighbouring edges, summed. float64 [edges - 1]."""
     total = np.zeros(len(edges_s) - 1)
     for one in series:
-        if len(one.times_s) > 1:
-            values = np.array(one.values)
+        # From the last sample at or before the first edge to the first one at or after the last.
+        part = slice(max(0, bisect_right(one.times_s, edges_s[0]) - 1), bisect_left(one.times_s, edges_s[-1]) + 1)
+        times_s = one.times_s[part]
+        if len(times_s) > 1:
+            values = np.array(one.values[part])
             steps = np.diff(values)
             whole = np.concatenate(([0.0], np.cumsum(np.where(steps >= 0.0, steps, values[1:]))))
-            total += np.diff(np.interp(edges_s, one.times_s, whole))
+            total += np.diff(np.interp(edges_s, times_s, whole))
     return total
 
 

@@ -100,7 +100,7 @@ class Prometheus:
                     if len(body) > MAX_ANSWER_BYTES:
                         raise Unreachable(f"{self._url} answers with more than {MAX_ANSWER_BYTES} bytes")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Unreachable(f"{self._url} does not answer: {error!r}") from error
+            raise Unreachable(f"{self._url} does not answer: {type(error).__name__} {error}".strip()) from error
         return response.status, bytes(body)
 
     def _take(self, read: Iterable[tuple[str, Labels, list[tuple[float, float]]]]) -> None:

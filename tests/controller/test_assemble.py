@@ -69,10 +69,10 @@ def counters(
         "mobula_arrivals_total": 1,
         "mobula_arrived_prompt_tokens_total": 100,
         "mobula_arrived_prompt_tokens_squared_total": 10_000,
-        "mobula_prompt_tokens_total": 100,
+        "mobula_request_prompt_tokens_sum": 100,
         "mobula_cached_tokens_total": 25,
-        "mobula_output_tokens_total": 20,
-        "mobula_requests_total": 1,
+        "mobula_request_output_tokens_sum": 20,
+        "mobula_request_output_tokens_count": 1,
     }
     made = {name: [rising(name, by)] for name, by in per_request.items()}
     for name in ("mobula_ttft_seconds_bucket", "mobula_tpot_seconds_bucket"):
@@ -126,7 +126,7 @@ def test_silence_of_the_gateways_ages():
 
 
 def test_nobody_asking_is_known_to_be_no_demand():
-    others = ("mobula_queue_depth", "mobula_requests_total")
+    others = ("mobula_queue_depth", "mobula_request_output_tokens_count")
     quiet = {name: series for name, series in counters(0.0).items() if name in others}
     (workload,) = build(telemetry=quiet).workloads
     assert workload.age_s == 0.0
