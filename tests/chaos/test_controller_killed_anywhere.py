@@ -1,4 +1,4 @@
-"""The controller killed at every await of a scale-out, a role change and a drain: no stream lost, no orphan, nothing started twice."""
+"""The controller killed at every await of a scale-out, a role change and a drain: nothing lost, orphaned or started twice."""
 
 from __future__ import annotations
 
