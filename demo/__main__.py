@@ -122,10 +122,13 @@ def with_reasons(console: Console, began_s: float, load: Load, kill: Mark) -> No
     for heading in ("s", "decision", "why", "what would have turned it"):
         table.add_column(heading, overflow="fold")
     for at_s, number in decided:
+        shown: set[str] = set()
         for answer in explain(journal, number).groups:
-            table.add_row(
-                f"{at_s:.0f}", "\n".join(f"{step.action}: {step.became}" for step in answer.actions), answer.why, flip(answer)
-            )
+            steps = [step for step in answer.actions if step.action not in shown]  # A change of role is one for two groups.
+            shown |= {step.action for step in steps}
+            if steps:
+                done = "\n".join(f"{step.action}: {step.became}" for step in steps)
+                table.add_row(f"{at_s:.0f}", done, "\n".join(dict.fromkeys(step.why for step in steps)), flip(answer))
     console.print(table)
     picture = OUT / "demo.png"
     draw(load, SLO, counts, sorted(marks, key=lambda mark: mark.at_s), picture, "Five minutes on three L4-like machines")
