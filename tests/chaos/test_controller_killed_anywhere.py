@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from cluster.replica import Phase, Role
 from tests.chaos.world import Script, World
 
 CHANGE_AT_S = 1006.0
@@ -34,14 +30,6 @@ SCENES = {
 }
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """In memory where that can be: a journal is flushed to its disk at every pass."""
-    shm = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(dir=shm) as name:
-        yield Path(name)
-
-
 def play(directory: Path, scene: Scene, kill_at: int | None) -> tuple[int, list[str]]:
     """The controller is killed at a step of the change, and another one takes its place. Steps of the change, and what is wrong."""
     directory.mkdir()
@@ -59,10 +47,9 @@ def play(directory: Path, scene: Scene, kill_at: int | None) -> tuple[int, list[
 
 def faults(world: World, scene: Scene) -> list[str]:
     rows = world.controller.registry.table.replicas
-    roles = Counter(worker.plan.group.role for worker in world.workers.values() if worker.phase is Phase.READY)
     found = []
-    if (roles[Role.PREFILL], roles[Role.DECODE]) != (scene.prefill, scene.decode):
-        found.append(f"in the end {roles}")
+    if world.roles() != (scene.prefill, scene.decode):
+        found.append(f"in the end {world.roles()}")
     if rows.keys() != {worker.plan.replica_id for worker in world.workers.values()}:
         found.append(f"orphans: {set(world.workers)} run, {set(rows)} are known")
     if world.started.most_common(1)[0][1] > 1 or len(world.started) != scene.starts:

@@ -103,18 +103,27 @@ class FakeWorker:
 
 
 class World:
-    def __init__(self, directory: Path, script: Script) -> None:
+    def __init__(self, directory: Path, script: Script, **control: object) -> None:
+        """control: fields of ControlSpec."""
         self.directory = directory
         self.now_s = 1000.0
         self.workers: dict[str, FakeWorker] = {}
         self.started: Counter[str] = Counter()
         self.lost_streams = 0
+        self.failing: set[str] = set()
+        """Nodes on which every start fails."""
+        self.never_ready: set[str] = set()
+        """Nodes on which no start ends."""
+        self.silent: set[str] = set()
+        """Workers that hang, or are cut off: they say nothing and hear nothing."""
         self.controller: FleetController | None = None
         self.loop: SteppedLoop | None = None
         self.watchers: dict[str, Link] = {}
         self.loops: list[SteppedLoop] = []
         self._pids = 100
-        write_fleet(directory, fleet_of(script))
+        self.fleet = fleet_of(script)
+        self.fleet = msgspec.structs.replace(self.fleet, control=msgspec.structs.replace(self.fleet.control, **control))
+        write_fleet(directory, self.fleet)
 
     def new_controller(self) -> None:
         """Another process, that knows the directory and nothing else."""
@@ -129,6 +138,12 @@ class World:
 
     def clock(self) -> float:
         return self.now_s
+
+    def roles(self) -> tuple[int, int]:
+        """Replicas that prefill and that decode, READY and in reach."""
+        ready = [one for one in self.workers.values() if one.phase is Phase.READY and one.worker_id not in self.silent]
+        roles = [one.plan.group.role for one in ready]
+        return roles.count(Role.PREFILL), roles.count(Role.DECODE)
 
     def run(self, until_s: float, kill_at: int | None = None) -> int:
         """Until a time, or until so many steps have been run. How many were run."""
@@ -163,6 +178,8 @@ class World:
                 self._live(worker)
 
     def _live(self, worker: FakeWorker) -> None:
+        if worker.worker_id in self.silent or (worker.phase is Phase.STARTING and worker.node in self.never_ready):
+            return
         if worker.phase is Phase.STARTING and self.now_s >= worker.ready_at_s:
             worker.phase, worker.ready_since_s = Phase.READY, self.now_s
             self.register(worker)
@@ -174,7 +191,7 @@ class World:
         if worker.worker_id in self.workers and self.now_s - worker.reported_s >= REPORT_S and worker.phase is not Phase.STARTING:
             worker.reported_s = self.now_s
             link = self.watchers.get(worker.worker_id)
-            if link is None:
+            if link is None or link.closed:
                 self.register(worker)
             else:
                 link.say(Report(loads=(worker.load,)))
@@ -189,12 +206,15 @@ class World:
         if worker_id not in self.workers:
             self._pids += 1
             self.started[plan.replica_id] += 1
+            if node in self.failing:
+                self.controller.failed(plan.replica_id, f"no weights on {node}", permanent=True)
+                return
             self.workers[worker_id] = FakeWorker(worker_id, node, plan, self.now_s, self._pids)
         self.obey(worker_id, epoch)
 
     def obey(self, worker_id: str, epoch: int) -> FakeWorker:
         worker = self.workers.get(worker_id)
-        if worker is None:
+        if worker is None or worker_id in self.silent:
             raise Unreachable(f"{worker_id} is gone")
         if epoch < worker.epoch:
             raise Fenced("of an epoch that is over")
@@ -242,6 +262,7 @@ class Link:
     """A worker's stream to whoever watches it."""
 
     def __init__(self) -> None:
+        self.closed = False
         self._said: list[Report] = []
         self._news = asyncio.Event()
 
@@ -258,7 +279,7 @@ class Link:
                 yield report
 
     async def close(self) -> None:
-        await asyncio.sleep(0)
+        self.closed = True
 
 
 class FakeHosts:

@@ -1,4 +1,4 @@
-"""A controlled fleet under hands, reloads and faults: what operators say is done, and what breaks is mended without a token lost."""
+"""A controlled fleet under hands, reloads and faults: what operators say is done, and what breaks is mended, no token lost."""
 
 from __future__ import annotations
 

@@ -1,0 +1,184 @@
+"""A controller whose starts fail, whose workers hang, whose journal is lost, and one that may only advise."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cluster.fleet import PipelineSpec, PolicySpec
+from cluster.replica import Phase
+from cluster.snapshot import Hold
+from controller.fleet_controller import write_fleet
+from controller.journal import Journal
+from tests.chaos.world import Script, World
+
+NEVER = 1e12
+FORTY_S = 1040.0
+
+
+@pytest.fixture
+def world(directory: Path):
+    """A fleet that is to stay at one prefill and two decode replicas, up."""
+    world = World(directory, Script(at_s=NEVER))
+    world.new_controller()
+    world.run(1006.0)
+    assert world.roles() == (1, 2)
+    yield world
+    world.close()
+
+
+def hung(world: World) -> str:
+    """Has a decode worker hang, and answers with its name."""
+    name = next(name for name in sorted(world.workers) if "decode" in name)
+    world.silent.add(name)
+    return name
+
+
+def test_a_hung_worker_is_replaced_once_and_ended(world: World):
+    victim = hung(world)
+    world.run(1020.0)
+    assert world.roles() == (1, 2)
+    assert victim not in world.workers
+    assert sum(world.started.values()) == 4
+
+
+def test_a_worker_that_comes_back_from_a_partition_finds_its_place_taken(world: World):
+    victim = hung(world)
+    ended = world.end
+    world.end = lambda worker_id: None if worker_id in world.silent else ended(worker_id)  # It is out of reach.
+    world.run(1020.0)
+    world.silent.clear()
+    world.end = ended
+    assert world.roles() == (1, 3)
+    world.run(1024.0)
+    assert world.roles() == (1, 2)
+    assert victim not in world.workers
+
+
+def test_a_partitioned_worker_is_fenced_by_the_next_controller_too(world: World):
+    victim = hung(world)
+    ended = world.end
+    world.end = lambda worker_id: None if worker_id in world.silent else ended(worker_id)
+    world.run(1020.0)
+    world.new_controller()
+    world.run(1030.0)
+    world.silent.clear()
+    world.end = ended
+    world.run(1035.0)
+    assert victim not in world.workers
+    assert world.roles() == (1, 2)
+
+
+def test_a_start_that_keeps_failing_is_given_up_and_says_why(directory: Path):
+    world = World(directory, Script(at_s=NEVER))
+    world.failing |= {"a", "b"}
+    world.new_controller()
+    world.run(1000.0 + 300.0)
+    per_group = {
+        role: sum(count for name, count in world.started.items() if name.startswith(role)) for role in ("prefill", "decode")
+    }
+    assert all(5 <= starts <= 7 for starts in per_group.values()), per_group
+    last = Journal(directory / "journal.sqlite", read_only=True).last()
+    assert any("starts failed within" in one.why for one in last.decision.dropped)
+    world.close()
+
+
+def test_a_node_that_never_gets_ready_is_avoided_after_a_bounded_wait(directory: Path):
+    world = World(directory, Script(at_s=NEVER))
+    groups = tuple(msgspec.structs.replace(group, start_timeout_s=20.0) for group in world.fleet.replicas)
+    world.never_ready.add("a")
+    write_fleet(directory, msgspec.structs.replace(world.fleet, replicas=groups))
+    world.new_controller()
+    world.run(1000.0 + 60.0)
+    assert world.roles() == (1, 2)
+    assert {worker.node for worker in world.workers.values() if worker.phase is Phase.READY} == {"b"}
+    assert world.controller.controller.memory.failed_starts
+    world.close()
+
+
+def test_a_fleet_whose_journal_is_lost_is_kept_as_it_runs(directory: Path):
+    world = World(directory, Script(at_s=1006.0, decode=4))
+    world.new_controller()
+    world.run(1014.0)
+    assert world.roles() == (1, 4)
+    for file in directory.glob("journal*"):
+        file.unlink()
+    world.new_controller()
+    world.run(FORTY_S)
+    assert world.roles() == (1, 4)
+    assert sum(world.started.values()) == 5
+    world.close()
+
+
+def test_a_journal_that_cannot_be_read_is_put_aside(directory: Path):
+    world = World(directory, Script(at_s=NEVER))
+    (directory / "journal.sqlite").write_bytes(b"no database, but long enough to be looked at as one" * 50)
+    world.new_controller()
+    world.run(1006.0)
+    assert world.roles() == (1, 2)
+    assert len(list(directory.glob("*.broken"))) == 1
+    world.close()
+
+
+def test_a_full_disk_is_counted_and_the_fleet_controlled_on(world: World, monkeypatch: pytest.MonkeyPatch):
+    def full(entry: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(world.controller._journal, "write", full)
+    hung(world)
+    world.run(1020.0)
+    assert world.roles() == (1, 2)
+    assert world.controller.status().unwritten >= 10
+
+
+def test_an_adviser_brings_its_fleet_up_and_then_only_advises(directory: Path):
+    world = World(directory, Script(at_s=1010.0, decode=5), mode="advise")
+    world.new_controller()
+    world.run(1030.0)
+    assert world.roles() == (1, 2)
+    last = Journal(directory / "journal.sqlite", read_only=True).last()
+    assert (last.mode, last.decision.targets["m/decode/default"]) == ("advise", 5)
+    world.new_controller()
+    world.run(FORTY_S)
+    assert world.roles() == (1, 2)
+    assert sum(world.started.values()) == 3
+    world.close()
+
+
+def test_what_an_operator_holds_outlives_the_controller(world: World):
+    pause = Hold(kind="pause", author="ada", expires_s=world.now_s + 600.0)
+    with world.loop.current():
+        said = asyncio.ensure_future(world.controller.hold(pause))
+    world.run(1008.0)
+    assert said.done()
+    world.new_controller()
+    world.run(1020.0)
+    assert world.controller.status().holds == (pause,)
+
+
+def test_another_config_takes_effect_with_the_next_pass_and_outlives_the_controller(world: World):
+    fleet = world.fleet
+    settings = msgspec.to_builtins(Script(at_s=0.0, decode=4))
+    (policy,) = fleet.control.pipeline.policies
+    pipeline = msgspec.structs.replace(fleet.control.pipeline, policies=(msgspec.structs.replace(policy, settings=settings),))
+    with world.loop.current():
+        world.controller.reload(msgspec.structs.replace(fleet, control=msgspec.structs.replace(fleet.control, pipeline=pipeline)))
+    world.run(1015.0)
+    assert world.roles() == (1, 4)
+    world.new_controller()
+    world.run(FORTY_S)
+    assert world.roles() == (1, 4)
+
+
+def test_challengers_are_journaled_beside_what_is_done(directory: Path):
+    keep = PipelineSpec(policies=(PolicySpec(use="policies.keep:Keep"),), guards=())
+    world = World(directory, Script(at_s=1006.0, decode=4), challengers={"keep": keep})
+    world.new_controller()
+    world.run(1008.0)
+    entries = [entry for entry in Journal(directory / "journal.sqlite", read_only=True).entries() if entry.decision.actions]
+    assert [entry.shadows["keep"].targets["m/decode/default"] for entry in entries] == [2, 2]
+    assert entries[-1].decision.targets["m/decode/default"] == 4
+    world.close()
