@@ -22,8 +22,9 @@ from cluster.metrics import Sample
 from cluster.replica import Membership, Replica
 from cluster.snapshot import Hold
 from controller.act.ray_hosts import RayHosts
-from controller.fleet_controller import FleetController, Progress, read_fleet
-from controller.status import FleetStatus
+from controller.directory import read_fleet
+from controller.fleet_controller import FleetController
+from controller.status import FleetStatus, Progress
 from transports.grpc import GrpcTransport
 from transports.transport import Credential
 

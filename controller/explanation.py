@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from cluster.actions import Action, ChangeRole, Decision, DrainReplica, Dropped, ScaleRole, StartReplica
+from cluster.actions import Action, Decision, Dropped
 from cluster.errors import InvalidRequest
 from cluster.replica import Phase
 from controller.journal import Entry, Journal, Outcome, groups_of
@@ -125,19 +125,6 @@ def replay(journal: Journal) -> Iterator[tuple[int, Difference | None]]:
         yield entry.number, Difference(number=entry.number, recorded=recorded.decode(), again=now.decode()) if differs else None
 
 
-def said(action: Action) -> str:
-    """An action in words."""
-    match action:
-        case StartReplica():
-            return f"start {action.replica_id} on {action.node}"
-        case DrainReplica():
-            return f"drain {action.replica_id}"
-        case ChangeRole():
-            return f"{action.replica_id} becomes {action.role.value}"
-        case ScaleRole():
-            return f"{action.group} to {action.replicas}"
-
-
 def reason_of(decision: Decision, group: str) -> str:
     """Why a group's target is what it is, in a line."""
     wish = asked(decision, group)
@@ -202,7 +189,7 @@ class _Part:
     def _step(self, action: Action, known: Outcome | None) -> Step:
         became = "only advised" if self._entry.mode == "advise" else "under way"
         return Step(
-            action=said(action),
+            action=action.words,
             why=action.reason.text,
             became=became if known is None else known.outcome,
             took_s=None if known is None else round(known.at_s - self._entry.snapshot.now_s, 3),
@@ -253,4 +240,4 @@ def _unknown(entry: Entry, name: str) -> str:
 
 
 def _objection(one: Dropped) -> Objection:
-    return Objection(proposal=said(one.action), reason=one.action.reason.text, by=one.by, why=one.why)
+    return Objection(proposal=one.action.words, reason=one.action.reason.text, by=one.by, why=one.why)

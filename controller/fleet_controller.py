@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import secrets
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import msgspec
 
 from cluster.actions import Decision
-from cluster.errors import InvalidConfig, InvalidRequest, InvalidTrace, MobulaError
+from cluster.errors import InvalidConfig, InvalidRequest, MobulaError
 from cluster.fleet import Fleet, PipelineSpec, PolicySpec
 from cluster.metrics import DEMAND_NAMES, Sample
 from cluster.placement import group_of
@@ -29,7 +28,7 @@ from controller.act.actuator import Actuator
 from controller.act.hosts import Hosts
 from controller.act.orders import Orders
 from controller.controller import Controller, Course, recall
-from controller.journal import Journal
+from controller.directory import open_journal, read_fleet, write_fleet
 from controller.memory import GroupMemory, Memory, with_hold, without_hold
 from controller.observe.assemble import SPAN_S
 from controller.observe.discovery import DiscoveryServer, target_groups
@@ -42,7 +41,7 @@ from controller.observe.watch import SILENCE_S, Loss, Watch
 from controller.observe.window import Window
 from controller.pipelines import as_text, build
 from controller.registry import Registry
-from controller.status import Change, FleetStatus, changes_of, fleet_status
+from controller.status import Change, Failure, FleetStatus, Progress, changes_of, fleet_status
 from controller.steady_clock import steady_clock
 from transports.links import WorkerLinks
 from transports.messages import WATCHER
@@ -79,7 +78,7 @@ class FleetController:
         """
         self.fleet = read_fleet(directory)
         self._directory = directory
-        self._journal = open_journal(directory / "journal.sqlite", self.fleet.control.journal_bytes)
+        self._journal = open_journal(directory, self.fleet.control.journal_bytes)
         last = self._journal.last()
         self._last = last
         self.epoch = 1 if last is None else last.epoch + 1
@@ -174,7 +173,7 @@ class FleetController:
         lost = [msgspec.structs.replace(state, phase=Phase.LOST, phase_since_s=now_s, load=None) for state in states]
         self.watch.remember_lost(lost)
         for state in lost:
-            self.actuator.end(state.replica_id)
+            self.actuator.end(state.replica_id, state.node)
 
     def _as_found(self) -> Memory:
         """Nobody remembers what was wanted: what runs, then."""
@@ -198,10 +197,9 @@ class FleetController:
             async with asyncio.timeout(drain_s + SETTLE_S):
                 while (await self._hosts.inventory()).workers & {row.worker_id for row in rows}:  # noqa: ASYNC110
                     await asyncio.sleep(SETTLE_POLL_S)  # A process that ends tells nobody.
-        left = {row.worker_id: row for row in self.registry.table.membership.replicas}
+        left = {row.worker_id: row.node for row in self.registry.table.membership.replicas}
         for worker_id in (await self._hosts.inventory()).workers:
-            row = left.get(worker_id)
-            await self._hosts.end(worker_id, row.node if row else "", row.pid if row else 0)
+            await self._hosts.end(worker_id, left.get(worker_id, ""))
         await self._links.close()
         await self._server.close()
         self._journal.close()
@@ -363,48 +361,6 @@ class FleetController:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """A replica that did not start."""
-
-    replica_id: str
-    error: str
-    permanent: bool
-
-
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far the first start is."""
-
-    wanted: int
-    ready: tuple[str, ...]
-    failures: tuple[Failure, ...]
-
-
-def write_fleet(directory: Path, fleet: Fleet) -> None:
-    """All or nothing."""
-    draft = directory / "fleet.json.new"
-    draft.write_bytes(msgspec.json.encode(fleet))
-    draft.replace(directory / "fleet.json")
-
-
-def read_fleet(directory: Path) -> Fleet:
-    """Raises InvalidConfig."""
-    try:
-        return msgspec.json.decode((directory / "fleet.json").read_bytes(), type=Fleet)
-    except (OSError, msgspec.DecodeError) as error:
-        raise InvalidConfig(f"{directory / 'fleet.json'} cannot be read: {error}") from error
-
-
-def open_journal(path: Path, max_bytes: int) -> Journal:
-    """One that cannot be read is put aside, and a new one begun: a fleet is worth more than its history."""
-    try:
-        return Journal(path, max_bytes=max_bytes)
-    except InvalidTrace as error:
-        aside = path.with_suffix(f".{time.time_ns()}.broken")
-        log.error("%s; it is kept as %s, and a new one begun", error, aside)
-        path.replace(aside)
-        return Journal(path, max_bytes=max_bytes)
 
 
 def _course(fleet: Fleet) -> Course:

@@ -17,9 +17,10 @@ from cluster.placement import CONTROLLER_NAME, NODE_LABEL, namespace_of
 from controller.config import memory_by_node
 from controller.controller_client import ControllerClient
 from controller.controller_process import ControllerProcess
-from controller.fleet_controller import write_fleet
+from controller.directory import put_journal_aside, write_fleet
 
 START_S = 60.0
+RETRY_S = 0.5
 STOP_S = 20.0  # Beyond draining: engines' last steps and the streams' grace.
 
 
@@ -69,23 +70,39 @@ async def start_controller(fleet: Fleet, directory: Path, secret: str, prometheu
     return ControllerClient(namespace_of(fleet.name))
 
 
-def put_journal_aside(directory: Path) -> None:
-    """A fleet that starts anew begins a new one; the one before it can still be read."""
-    for suffix in ("", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            (directory / f"journal.sqlite{suffix}").replace(directory / f"journal.before.sqlite{suffix}")
-
-
 async def stop_controller(fleet_name: str, drain_s: float) -> None:
-    """End every worker of the fleet, in order within the bound, and then its controller. Harmless without any."""
-    try:
-        handle: Any = await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, namespace_of(fleet_name))
-    except ValueError:
-        return
+    """End every worker of the fleet, in order within the bound, and then its controller. Harmless without any.
+
+    Raises Unreachable where that was not in order; all have ended all the same.
+    """
+    last: Exception | None = None
     try:
         async with asyncio.timeout(drain_s + STOP_S):
-            await handle.shutdown.remote(drain_s)
-    except (TimeoutError, RayError) as error:
-        raise Unreachable(f"the controller of {fleet_name} did not end its workers in order: {error!r}") from error
+            while (handle := await asyncio.to_thread(_controller, fleet_name)) is not None:
+                try:
+                    await handle.shutdown.remote(drain_s)
+                    break
+                except RayError as error:  # It has died, and Ray begins it anew.
+                    last = error
+                    await asyncio.sleep(RETRY_S)
+    except TimeoutError:
+        raise Unreachable(
+            f"the controller of {fleet_name} did not end its workers in order: {last or 'it takes too long'}"
+        ) from None
     finally:
-        ray.kill(handle, no_restart=True)
+        await asyncio.to_thread(_end_all, namespace_of(fleet_name))
+
+
+def _controller(fleet_name: str) -> Any:
+    try:
+        return ray.get_actor(CONTROLLER_NAME, namespace_of(fleet_name))
+    except ValueError:
+        return None
+
+
+def _end_all(namespace: str) -> None:
+    """The controller first, so that nobody replaces what ends."""
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == namespace]
+    for name in sorted(names, key=lambda name: name != CONTROLLER_NAME):
+        with contextlib.suppress(ValueError, RayError):
+            ray.kill(ray.get_actor(name, namespace), no_restart=True)

@@ -126,6 +126,22 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The latest, newest first."""
 
 
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica that did not start."""
+
+    replica_id: str
+    error: str
+    permanent: bool
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the first start is."""
+
+    wanted: int
+    ready: tuple[str, ...]
+    failures: tuple[Failure, ...]
+
+
 def changes_of(snapshot: ClusterSnapshot, decision: Decision) -> tuple[Change, ...]:
     """What a pass changes."""
     return tuple(

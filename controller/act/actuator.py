@@ -46,14 +46,15 @@ class Actuator:
 
     def settle(self, snapshot: ClusterSnapshot, memory: Memory) -> Settled:
         settled = self._orders.settle(snapshot, memory)
+        nodes = {state.replica_id: state.node for state in snapshot.replicas}
         for replica_id in settled.overdue:
-            self.end(replica_id)
+            self.end(replica_id, nodes.get(replica_id, ""))
         return settled
 
     def bury(self, loss: Loss) -> None:
         """A worker that is taken for dead does not go on in secret."""
         log.warning("%s on %s is lost with %d replicas: %s", loss.worker_id, loss.node, len(loss.replicas), loss.why)
-        self._do(self._hosts.end(loss.worker_id, loss.node, loss.pid))
+        self._do(self._hosts.end(loss.worker_id, loss.node))
 
     def told_running(self, workers: frozenset[str], at_s: float) -> None:
         """Ray's list of processes at a time. A start whose process has ended is told by nobody else."""
@@ -110,13 +111,13 @@ class Actuator:
         start = self._watch.started.get(replica_id)
         return f"worker-{replica_id}" if start is None else self._worker_for(replica_id, self._group(start.group), start.node)
 
-    def end(self, replica_id: str) -> None:
+    def end(self, replica_id: str, node: str) -> None:
         """By force, and only where nobody else lives in its process."""
         row = self._registry.table.replicas.get(replica_id)
         worker_id = row.worker_id if row else self._worker_of_start(replica_id)
         self._watch.give_up_start(replica_id)
         if not any(one.worker_id == worker_id and one.replica_id != replica_id for one in self._registry.table.replicas.values()):
-            self._do(self._hosts.end(worker_id, row.node if row else "", row.pid if row else 0))
+            self._do(self._hosts.end(worker_id, node))
 
     def _group(self, name: str) -> ReplicaGroup:
         return next(spec for spec in self.fleet.replicas if group_of(self.fleet, spec) == name)

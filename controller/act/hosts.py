@@ -31,8 +31,8 @@ class Hosts(Protocol):
 
     async def slow(self, worker_id: str, replica_id: str, factor: float) -> None: ...
 
-    async def end(self, worker_id: str, node: str, pid: int) -> None:
-        """End its process by force, hung or not. pid: 0 where it never told."""
+    async def end(self, worker_id: str, node: str) -> None:
+        """End its process by force, hung or not. node: where it runs; empty where that is not known."""
 
     async def probe(self, node: str) -> bool:
         """Whether the node does what it is asked, within a few seconds."""

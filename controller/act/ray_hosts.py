@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -26,6 +24,8 @@ from workers.worker_process import WorkerProcess
 ORDER_S = 10.0  # An order is heard within milliseconds by whoever lives.
 PROBE_S = 5.0  # The node starts a process for the answer, which takes a second or two of a busy machine.
 WORKER_PREFIX = "worker-"
+WORKER_VARIABLE = "MOBULA_WORKER"
+"""In the environment of a worker's process: its id."""
 
 # Weights are placed by our own plan, so Ray must neither count cores nor hide the accelerators from an actor that asked for none.
 WORKER_ENV = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -61,15 +61,15 @@ class RayHosts:
     async def slow(self, worker_id: str, replica_id: str, factor: float) -> None:
         await self._order(worker_id, lambda handle: handle.slow.remote(replica_id, factor))
 
-    async def end(self, worker_id: str, node: str, pid: int) -> None:
+    async def end(self, worker_id: str, node: str) -> None:
         """Ray ends a process that listens; one that does not is killed by another on its node."""
         handle = self._handles.pop(worker_id, None)
         with contextlib.suppress(ValueError, RayError):
             handle = handle or await asyncio.to_thread(ray.get_actor, worker_id, self._namespace)
             await asyncio.to_thread(ray.kill, handle, no_restart=True)
-        if pid:
+        if node:
             with contextlib.suppress(TimeoutError, RayError):
-                await asyncio.wait_for(self._on_node(node, _kill, pid, worker_id), ORDER_S)
+                await asyncio.wait_for(self._on_node(node, _kill, worker_id), ORDER_S)
 
     async def probe(self, node: str) -> bool:
         try:
@@ -102,7 +102,7 @@ class RayHosts:
                 max_restarts=0,
                 max_task_retries=0,
                 label_selector={NODE_LABEL: node.name},
-                runtime_env={"env_vars": WORKER_ENV},
+                runtime_env={"env_vars": {**WORKER_ENV, WORKER_VARIABLE: worker_id}},
             )
             made = WorkerPlan(worker_id=worker_id, node=node, replicas=(plan,))
             self._handles[worker_id] = actor.remote(
@@ -133,11 +133,12 @@ def _here() -> None:
     """That it is run is the answer."""
 
 
-def _kill(pid: int, worker_id: str) -> None:
-    """A worker, and nobody who has taken its number since: it calls itself by its class."""
-    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-        if "WorkerProcess" in " ".join(psutil.Process(pid).cmdline()):
-            os.kill(pid, signal.SIGKILL)
+def _kill(worker_id: str) -> None:
+    """On this node: the process that was started as this worker."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(WORKER_VARIABLE) == worker_id:
+                process.kill()
 
 
 def _cause(error: RayTaskError) -> MobulaError:

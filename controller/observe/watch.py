@@ -28,7 +28,6 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
 
     worker_id: str
     node: str
-    pid: int
     why: str
     replicas: tuple[ReplicaState, ...]
 
@@ -173,7 +172,7 @@ class Watch:
         worker = self._workers.pop(worker_id)
         states = tuple(self._lost_state(row) for row in self._registry.table.remove_worker(worker_id))
         self.remember_lost(states)
-        return Loss(worker_id=worker_id, node=worker.node, pid=worker.pid, why=why, replicas=states)
+        return Loss(worker_id=worker_id, node=worker.node, why=why, replicas=states)
 
     def _lost_state(self, row: Replica) -> ReplicaState:
         return ReplicaState(

@@ -11,7 +11,7 @@ import pytest
 from cluster.fleet import PipelineSpec, PolicySpec
 from cluster.replica import Phase
 from cluster.snapshot import Hold
-from controller.fleet_controller import write_fleet
+from controller.directory import write_fleet
 from controller.journal import Journal
 from tests.chaos.world import Script, World
 

@@ -22,7 +22,8 @@ from cluster.placement import ReplicaPlan
 from cluster.replica import Load, Phase, Replica, Role
 from cluster.snapshot import ClusterSnapshot
 from controller.act.hosts import Inventory
-from controller.fleet_controller import FleetController, write_fleet
+from controller.directory import write_fleet
+from controller.fleet_controller import FleetController
 from transports.messages import Report
 from workers.build_engine import performance_of
 
@@ -297,7 +298,7 @@ class FakeHosts:
     async def change_role(self, worker_id: str, replica_id: str, group: ReplicaGroup, within_s: float) -> None:
         await self._ordered(lambda: self._world.change(self._world.obey(worker_id, self._epoch), group))
 
-    async def end(self, worker_id: str, node: str, pid: int) -> None:
+    async def end(self, worker_id: str, node: str) -> None:
         await self._ordered(lambda: self._world.end(worker_id))
 
     async def slow(self, worker_id: str, replica_id: str, factor: float) -> None:

@@ -293,3 +293,34 @@ def test_stop_fails_what_runs_with_retry(started):
     assert carrier.state is not None or carrier.failure[1]
     with pytest.raises(MobulaError):
         engine.submit(asked("late"))
+
+
+def test_abandoning_fails_what_runs_with_retry_and_serves_on(started):
+    engine, heard = started()
+    carrier = Carrier()
+    engine.submit(asked("running", max_tokens=3000))
+    heard.wait_for(lambda: len(heard.of("running")) >= 1)
+    engine.prefill(asked("prefilling", length=1000), 0, carrier)
+    engine.abandon("the replica changes its role")
+    last = heard.finished("running")[-1]
+    assert (last.finish, last.error, last.retry) == ("error", "the replica changes its role", True)
+    assert carrier.ended.wait(WAIT_S)
+    assert carrier.state is not None or carrier.failure[1]
+    assert engine.alive
+    engine.submit(asked("after"))
+    assert len(heard.finished("after")) == 12
+    assert engine.load().kv_blocks_used == 0
+
+
+def test_slowed_engine_says_that_its_steps_last_longer_and_the_same_tokens(started):
+    engine, heard = started()
+    engine.submit(asked("before", max_tokens=100))
+    tokens = [token.token_id for token in heard.finished("before")]
+    engine.slow(20.0)
+    engine.submit(asked("slowed", max_tokens=100))
+    assert [token.token_id for token in heard.finished("slowed")] == tokens
+    slowed_s = engine.load().step_s
+    engine.slow(1.0)
+    engine.submit(asked("healed", max_tokens=100))
+    heard.finished("healed")
+    assert engine.load().step_s < slowed_s

@@ -80,7 +80,7 @@ def test_a_process_that_ray_knows_to_have_ended_is_not_waited_for(world: World):
     world.report("w0", "w1", "w2")
     world.watch.told_running(frozenset({"w0", "w1"}), world.clock.now_s)
     (loss,) = world.watch.sweep()
-    assert (loss.worker_id, loss.pid, loss.why) == ("w2", 102, "its process has ended")
+    assert (loss.worker_id, loss.node, loss.why) == ("w2", "b", "its process has ended")
     assert "b" in world.machines.alive()
 
 
