@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 CONFIG = "fleet.json"
 JOURNAL = "journal.sqlite"
+PORT = "http_port"
 
 
 def write_fleet(directory: Path, fleet: Fleet) -> None:
@@ -46,8 +47,22 @@ def open_journal(directory: Path, max_bytes: int) -> Journal:
         return Journal(path, max_bytes=max_bytes)
 
 
+def remember_port(directory: Path, port: int) -> None:
+    """By which the next controller is found where this one was."""
+    (directory / PORT).write_text(str(port))
+
+
+def remembered_port(directory: Path) -> int:
+    """0 where none is."""
+    try:
+        return int((directory / PORT).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
 def put_journal_aside(directory: Path) -> None:
     """A fleet that starts anew begins a new one; the one before it can still be read."""
+    (directory / PORT).unlink(missing_ok=True)
     for suffix in ("", "-wal", "-shm"):
         with contextlib.suppress(FileNotFoundError):
             (directory / f"{JOURNAL}{suffix}").replace(directory / f"journal.before.sqlite{suffix}")

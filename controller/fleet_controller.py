@@ -28,7 +28,7 @@ from controller.act.actuator import Actuator
 from controller.act.hosts import Hosts
 from controller.act.orders import Orders
 from controller.controller import Controller, Course, recall
-from controller.directory import open_journal, read_fleet, write_fleet
+from controller.directory import open_journal, read_fleet, remember_port, remembered_port, write_fleet
 from controller.memory import GroupMemory, Memory, with_hold, without_hold
 from controller.observe.assemble import SPAN_S
 from controller.observe.discovery import DiscoveryServer, target_groups
@@ -55,6 +55,7 @@ SETTLE_S = SILENCE_S  # A worker that lives has registered with a new controller
 SETTLE_POLL_S = 0.05
 UNSETTLED_S = 1800.0  # Orders that are older are not given again: the longest start is half of it.
 SHOWN_CHANGES = 12
+MAX_FAILURES = 100  # That are told to whoever waits for the first start.
 
 KEEP = PipelineSpec(policies=(PolicySpec(use="policies.keep:Keep"),), guards=(PolicySpec(use="policies.guards:Capacity"),))
 """Brings up a fleet whose controller is to advise only."""
@@ -137,12 +138,15 @@ class FleetController:
 
     async def _serve(self) -> None:
         """A port that cannot be had is an error of the first start; later, the fleet is controlled on without it."""
+        port = self.fleet.control.http_port or remembered_port(self._directory)
         try:
-            await self._server.start(port=self.fleet.control.http_port)
+            await self._server.start(port=port)
         except InvalidConfig as error:
             if self._last is None:
                 raise
             log.error("%s: no metrics and no service discovery", error)
+        else:
+            remember_port(self._directory, int(self._server.address.rpartition(":")[2]))
 
     async def _take_over(self) -> None:
         """What an earlier controller knew and had begun; and who runs already, before anything new is decided."""
@@ -222,7 +226,8 @@ class FleetController:
 
     def failed(self, replica_id: str, error: str, permanent: bool) -> None:
         """A worker says why it could not start a replica."""
-        self._failed[replica_id] = (error, permanent)
+        if len(self._failed) < MAX_FAILURES:
+            self._failed[replica_id] = (error, permanent)
         self.orders.fail(replica_id, error)
 
     def counted(self, gateway: str, samples: Iterable[Sample]) -> None:
@@ -339,8 +344,9 @@ class FleetController:
         return all(count >= group.wanted for count, group in zip(ready, snapshot.groups, strict=True))
 
     def _course(self) -> Course:
-        """An adviser brings its fleet up before it only advises; one that takes over finds it up."""
-        if self.fleet.control.mode == "advise" and self._last is None:
+        """An adviser brings its fleet up before it only advises."""
+        coming_up = self._last is None or self._last.pipeline == as_text(KEEP)
+        if self.fleet.control.mode == "advise" and coming_up:
             return Course(pipeline=build(KEEP), text=as_text(KEEP))
         return _course(self.fleet)
 

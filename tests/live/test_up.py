@@ -177,5 +177,11 @@ def test_down_leaves_no_process_and_no_file(home):
     psutil.wait_procs(below, GONE_S)
     assert [process for process in below if process.is_running()] == []
     assert not directory.exists()
-    assert sorted(path.name for path in home.path.iterdir()) == ["fleet.json", "journal.sqlite", "logs", "supervisor.log"]
+    assert sorted(path.name for path in home.path.iterdir()) == [
+        "fleet.json",
+        "http_port",
+        "journal.sqlite",
+        "logs",
+        "supervisor.log",
+    ]
     assert list(home.ray_logs_path.glob("worker-*.err"))
