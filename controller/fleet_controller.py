@@ -40,7 +40,7 @@ from controller.observe.prometheus import Prometheus
 from controller.observe.watch import SILENCE_S, Loss, Watch
 from controller.observe.window import Window
 from controller.pipelines import as_text, build
-from controller.registry import Registry
+from controller.registry import TOGETHER_S, Registry
 from controller.status import Change, Failure, FleetStatus, Progress, changes_of, fleet_status
 from controller.steady_clock import steady_clock
 from transports.links import WorkerLinks
@@ -96,6 +96,7 @@ class FleetController:
         self.feed = TelemetryFeed(source, DEMAND_NAMES, self.clock)
         self._links = WorkerLinks(transport, f"{WATCHER}{self.epoch}", self.watch, silence_s=SILENCE_S)
         self._losses = 0
+        self._following = False
         observer = Observer(
             self.fleet,
             self.registry,
@@ -298,6 +299,13 @@ class FleetController:
     # Inside
 
     def _table_changed(self) -> None:
+        """Changes that come close together are followed once."""
+        if not self._following:
+            self._following = True
+            asyncio.get_running_loop().call_later(TOGETHER_S, self._follow_table)
+
+    def _follow_table(self) -> None:
+        self._following = False
         self.watch.table_changed()
         self._links.update(self.registry.table.membership)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 
@@ -13,30 +13,46 @@ from cluster.errors import Fenced
 from cluster.replica import Membership, Phase, Replica
 
 MAX_WAIT_S = 30.0  # Of one long poll.
+TOGETHER_S = 0.05  # Changes that come so close are told as one: a thousand workers may register in a second.
 GATEWAY_GRACE_S = 5.0  # A gateway replica that asks again so late after its long poll is gone.
 
 
 class MembershipTable:
-    """Replicas by worker. The version rises with every change."""
+    """Replicas by worker. The version rises with every change; the table itself is made when it is asked for."""
 
     def __init__(self, registry: str = "") -> None:
+        self._registry = registry
         self._replicas: dict[str, Replica] = {}
-        self._membership = Membership(version=0, registry=registry)
+        self._hosted: dict[str, set[str]] = {}
+        """Names of replicas, by worker."""
+        self._version = 0
+        self._membership: Membership | None = None
 
     @property
     def membership(self) -> Membership:
         """By replica id, so that equal tables are equal tuples."""
+        if self._membership is None:
+            rows = tuple(self._replicas[name] for name in sorted(self._replicas))
+            self._membership = Membership(version=self._version, registry=self._registry, replicas=rows)
         return self._membership
+
+    @property
+    def version(self) -> int:
+        return self._version
 
     @property
     def replicas(self) -> Mapping[str, Replica]:
         return self._replicas
 
+    def hosted(self, worker_id: str) -> frozenset[str]:
+        """Names of what a worker hosts."""
+        return frozenset(self._hosted.get(worker_id, ()))
+
     def register(self, replicas: tuple[Replica, ...]) -> None:
         """The workers named in them host exactly these from now on. Saying it again is harmless."""
-        workers = {replica.worker_id for replica in replicas}
-        kept = {name: replica for name, replica in self._replicas.items() if replica.worker_id not in workers}
-        self._become(kept | {replica.replica_id: replica for replica in replicas})
+        rows = {replica.replica_id: replica for replica in replicas}
+        gone = {name for replica in replicas for name in self._hosted.get(replica.worker_id, ())} - rows.keys()
+        self._change({name: row for name, row in rows.items() if self._replicas.get(name) != row}, gone)
 
     def phases(self, worker_id: str, phases: Mapping[str, Phase], now_s: float) -> None:
         """What a worker says of its own replicas; of others' it says nothing."""
@@ -45,20 +61,27 @@ class MembershipTable:
             replica = self._replicas.get(name)
             if replica is not None and replica.worker_id == worker_id and replica.phase is not phase:
                 changed[name] = _aged(replica, phase, now_s)
-        if changed:
-            self._become(self._replicas | changed)
+        self._change(changed, ())
 
     def remove_worker(self, worker_id: str) -> tuple[Replica, ...]:
         """Answers with what it hosted."""
-        gone = tuple(replica for replica in self._replicas.values() if replica.worker_id == worker_id)
-        self._become({name: replica for name, replica in self._replicas.items() if replica.worker_id != worker_id})
+        gone = tuple(self._replicas[name] for name in sorted(self._hosted.get(worker_id, ())))
+        self._change({}, [row.replica_id for row in gone])
         return gone
 
-    def _become(self, replicas: dict[str, Replica]) -> None:
-        if replicas != self._replicas:
-            self._replicas = replicas
-            rows = tuple(replicas[name] for name in sorted(replicas))
-            self._membership = msgspec.structs.replace(self._membership, version=self._membership.version + 1, replicas=rows)
+    def _change(self, rows: Mapping[str, Replica], gone: Collection[str]) -> None:
+        for name in (*gone, *rows):
+            before = self._replicas.pop(name, None)
+            if before is not None:
+                self._hosted[before.worker_id].discard(name)
+                if not self._hosted[before.worker_id]:
+                    del self._hosted[before.worker_id]
+        for name, row in rows.items():
+            self._replicas[name] = row
+            self._hosted.setdefault(row.worker_id, set()).add(name)
+        if rows or gone:
+            self._version += 1
+            self._membership = None
 
 
 def _aged(replica: Replica, phase: Phase, now_s: float) -> Replica:
@@ -100,8 +123,9 @@ class Registry:
             self._gateways[gateway] = time.monotonic() + timeout_s + GATEWAY_GRACE_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(timeout_s, MAX_WAIT_S)):
-                while self.table.membership.version <= after_version:
+                while self.table.version <= after_version:
                     await self.changed()
+                    await asyncio.sleep(TOGETHER_S)
         return self.table.membership
 
     async def changed(self) -> None:

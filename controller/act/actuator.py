@@ -116,7 +116,7 @@ class Actuator:
         row = self._registry.table.replicas.get(replica_id)
         worker_id = row.worker_id if row else self._worker_of_start(replica_id)
         self._watch.give_up_start(replica_id)
-        if not any(one.worker_id == worker_id and one.replica_id != replica_id for one in self._registry.table.replicas.values()):
+        if not self._registry.table.hosted(worker_id) - {replica_id}:
             self._do(self._hosts.end(worker_id, node))
 
     def _group(self, name: str) -> ReplicaGroup:

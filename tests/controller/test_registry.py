@@ -107,3 +107,12 @@ def test_a_replica_that_was_given_up_cannot_come_back():
     assert told == []
     registry.register((replica("r2", "w1"),))
     assert told == [True]
+
+
+def test_a_replica_that_registers_from_another_worker_has_moved():
+    table = MembershipTable()
+    table.register((replica("r0", "w0"), replica("r1", "w0")))
+    table.register((replica("r0", "w1"),))
+    assert (table.hosted("w0"), table.hosted("w1")) == ({"r1"}, {"r0"})
+    assert [row.replica_id for row in table.remove_worker("w0")] == ["r1"]
+    assert [row.replica_id for row in table.membership.replicas] == ["r0"]
