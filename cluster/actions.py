@@ -24,6 +24,8 @@ class _Action(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     reason: Reason
     bundle: str = ""
     """Actions of one bundle need each other: if one is dropped, all are. Empty stands alone."""
+    ordered: bool = False
+    """An operator's word, in whose way neither a pause nor old telemetry stands."""
 
 
 class ScaleRole(_Action, frozen=True, kw_only=True):

@@ -179,6 +179,11 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return {node.name: max(0, node.slots - taken[node.name]) for node in self.nodes if node.alive}
 
     @cached_property
+    def drained(self) -> frozenset[str]:
+        """Nodes that are to be emptied, by an operator's word."""
+        return frozenset(hold.target for hold in self.holds if hold.kind == "drain")
+
+    @cached_property
     def cordoned(self) -> frozenset[str]:
         """Nodes that take no new replica, by an operator's word."""
         return frozenset(hold.target for hold in self.holds if hold.kind in ("cordon", "drain"))

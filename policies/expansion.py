@@ -46,8 +46,11 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 expanded.append(action)
                 continue
             group = snapshot.group_by_name[action.group]
+            # What is on a node that is to be emptied serves until another stands in for it.
             present = [
-                replica for replica in snapshot.replicas_by_group[group.name] if replica.present and replica.replica_id not in moved
+                replica
+                for replica in snapshot.replicas_by_group[group.name]
+                if replica.present and replica.replica_id not in moved and replica.node not in snapshot.drained
             ]
             missing = action.replicas - len(present)
             expanded += self._drains(snapshot, action, present, -missing)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import msgspec
 
-from cluster.actions import Action, ChangeRole, Dropped, ScaleRole
+from cluster.actions import Action, ChangeRole, DrainReplica, Dropped, ScaleRole
 from cluster.replica import Phase
-from cluster.snapshot import ClusterSnapshot
+from cluster.snapshot import ClusterSnapshot, Group, ReplicaState
 from policies.policy import Verdict
 from policies.ranges import at_least, positive, share
 
@@ -21,7 +22,8 @@ class Paused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         author = next((hold.author for hold in snapshot.holds if hold.kind == "pause"), None)
         if author is None:
             return Verdict(actions=tuple(actions))
-        return _each(actions, "Paused", lambda action: _held(snapshot, action, f"paused by {author}"))
+        why = f"paused by {author}"
+        return _each(actions, "Paused", lambda action: (action, "") if action.ordered else _held(snapshot, action, why))
 
 
 class StaleTelemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,7 +39,7 @@ class StaleTelemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return _each(actions, "StaleTelemetry", lambda action: self._of(snapshot, action))
 
     def _of(self, snapshot: ClusterSnapshot, action: Action) -> tuple[Action | None, str]:
-        if not isinstance(action, ScaleRole | ChangeRole):
+        if not isinstance(action, ScaleRole | ChangeRole) or action.ordered:
             return action, ""
         group = snapshot.group_by_name[action.group if isinstance(action, ScaleRole) else action.source]
         workload = snapshot.workload_by_model.get(group.model)
@@ -103,15 +105,36 @@ class DisruptionBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Only so many replicas of a group may be leaving at one time."""
 
     leaving_share: float = 0.34
-    """Of the group's target; at least one may always leave."""
+    """Of the group's target; at least one may always leave, but for a node that is emptied: there another must be READY first."""
 
     def __post_init__(self) -> None:
         share(leaving_share=self.leaving_share)
 
     def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
-        return _each(
-            actions, "DisruptionBudget", lambda action: self._of(snapshot, action), lambda whole: self._of_all(snapshot, whole)
-        )
+        states = {replica.replica_id: replica for replica in snapshot.replicas}
+        drained: Counter[str] = Counter()
+
+        def limit(action: Action) -> tuple[Action | None, str]:
+            if not isinstance(action, DrainReplica):
+                return self._of(snapshot, action)
+            state = states[action.replica_id]
+            if state.phase is not Phase.READY:
+                return action, ""
+            room, why = self._spares(snapshot, snapshot.group_by_name[state.group])
+            if drained[state.group] >= room:
+                return None, why
+            drained[state.group] += 1
+            return action, ""
+
+        return _each(actions, "DisruptionBudget", limit, lambda whole: self._of_all(snapshot, whole))
+
+    def _spares(self, snapshot: ClusterSnapshot, group: Group) -> tuple[int, str]:
+        """How many may be taken from it now: what is beyond its target, and its share of the others."""
+        phases = [replica.phase for replica in snapshot.replicas_by_group[group.name]]
+        ready, leaving = phases.count(Phase.READY), phases.count(Phase.DRAINING)
+        most = math.floor(group.wanted * self.leaving_share)
+        room = max(0, ready - group.wanted) + max(0, most - leaving - max(0, group.wanted - ready))
+        return room, f"{ready} of the {group.wanted} wanted of {group.name} are READY, and {leaving} are leaving"
 
     def _of_all(self, snapshot: ClusterSnapshot, bundle: Sequence[ScaleRole]) -> str:
         """A rearrangement is judged by its groups together."""
@@ -126,6 +149,8 @@ class DisruptionBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             return action, ""
         group = snapshot.group_by_name[action.group if isinstance(action, ScaleRole) else action.source]
         leaving = sum(replica.phase is Phase.DRAINING for replica in snapshot.replicas_by_group[group.name])
+        if isinstance(action, ChangeRole):
+            leaving += sum(_changes_role(replica) for replica in snapshot.replicas_by_group[action.target])
         most = max(1, math.floor(group.wanted * self.leaving_share))
         room = max(0, most - leaving)
         why = f"{leaving} of {group.name} are leaving and {most} may"
@@ -133,6 +158,11 @@ class DisruptionBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             return (action, "") if room > 0 else (None, why)
         least = group.wanted - room
         return (action, "") if action.replicas >= least else (_with(action, least), why)
+
+
+def _changes_role(replica: ReplicaState) -> bool:
+    """It served before, in another role."""
+    return replica.phase is Phase.WARMING and replica.ready_since_s is not None
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

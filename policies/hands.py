@@ -28,10 +28,10 @@ class Hands(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         for group in snapshot.groups:
             if (pin := pins.get(group.name)) is not None and pin.replicas is not None:
                 reason = Reason(text=f"pinned by {pin.author}", numbers={"expires_s": pin.expires_s})
-                actions.append(ScaleRole(group=group.name, replicas=pin.replicas, reason=reason))
+                actions.append(ScaleRole(group=group.name, replicas=pin.replicas, reason=reason, ordered=True))
         for replica in snapshot.replicas:
             if replica.present and (author := drained.get(replica.node)):
                 reason = Reason(text=f"node {replica.node} is drained by {author}")
                 deadline_s = snapshot.now_s + self.drain_s
-                actions.append(DrainReplica(replica_id=replica.replica_id, deadline_s=deadline_s, reason=reason))
+                actions.append(DrainReplica(replica_id=replica.replica_id, deadline_s=deadline_s, reason=reason, ordered=True))
         return actions

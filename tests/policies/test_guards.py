@@ -7,6 +7,7 @@ from cluster.node import Node
 from cluster.replica import Phase, Role
 from cluster.snapshot import Hold
 from policies.guards import Capacity, DisruptionBudget, Paused, RateOfChange, StaleTelemetry
+from policies.hands import Hands
 from policies.policy import Verdict
 from tests.policies.clusters import NOW_S, cluster, group, replica, steady
 
@@ -45,6 +46,46 @@ def test_only_so_many_leave_at_once():
     of = group(wanted=6)
     members = tuple(replica(f"r{number}", of, Phase.DRAINING if number < 1 else Phase.READY) for number in range(7))
     assert limit(DisruptionBudget(), 3, of, replicas=members) == ([5], ["1 of m/mixed/p are leaving and 2 may"])
+
+
+def drain_all(of, ready: int, elsewhere: int = 0, leaving: int = 0):
+    phases = [Phase.READY] * ready + [Phase.DRAINING] * leaving
+    members = [replica(f"r{number}", of, phase) for number, phase in enumerate(phases)]
+    members += [replica(f"e{number}", of, node="n1") for number in range(elsewhere)]
+    hold = Hold(kind="drain", target="n0", author="ada", expires_s=NOW_S + 60)
+    snapshot = cluster([of], replicas=tuple(members), holds=(hold,))
+    verdict = DisruptionBudget().limit(snapshot, Hands().decide(snapshot, ()))
+    return len(verdict.actions)
+
+
+@pytest.mark.parametrize(
+    ("ready", "elsewhere", "leaving", "may"), [(6, 0, 0, 2), (4, 0, 2, 0), (3, 3, 0, 2), (3, 5, 0, 4), (1, 6, 0, 1), (5, 0, 0, 1)]
+)
+def test_node_is_emptied_no_faster_than_others_stand_in(ready, elsewhere, leaving, may):
+    assert drain_all(group(wanted=6), ready, elsewhere, leaving) == min(ready, may)
+
+
+def test_last_replica_on_a_node_that_is_emptied_waits_for_another():
+    assert drain_all(group(wanted=1), 1) == 0
+    assert drain_all(group(wanted=1), 1, elsewhere=1) == 1
+
+
+def test_pin_goes_before_old_telemetry_and_a_pause():
+    pin = Hold(kind="pin", target="m/mixed/p", replicas=4, author="ada", expires_s=NOW_S + 60)
+    pause = Hold(kind="pause", author="ada", expires_s=NOW_S + 60)
+    snapshot = cluster([group(wanted=2)], [steady(5.0, age_s=900.0)], holds=(pause, pin))
+    wishes = Hands().decide(snapshot, ())
+    for guard in (Paused(), StaleTelemetry()):
+        assert guard.limit(snapshot, wishes) == Verdict(actions=tuple(wishes))
+
+
+def test_replica_that_changes_its_role_counts_as_leaving_until_it_is_ready():
+    prefill, decode = group(Role.PREFILL, 2), group(Role.DECODE, 2)
+    changing = replica("r0", prefill, Phase.WARMING, ready_since_s=NOW_S - 100.0)
+    action = ChangeRole(replica_id="r1", role=Role.PREFILL, source=decode.name, target=prefill.name, reason=WHY)
+    assert DisruptionBudget().limit(cluster([prefill, decode], replicas=(changing,)), [action]).actions == ()
+    newcomer = replica("r0", prefill, Phase.WARMING)
+    assert DisruptionBudget().limit(cluster([prefill, decode], replicas=(newcomer,)), [action]).actions == (action,)
 
 
 def test_role_change_waits_for_another_that_leaves():
