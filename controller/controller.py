@@ -12,13 +12,14 @@ import msgspec
 from cluster.actions import Action, Decision
 from cluster.snapshot import ClusterSnapshot
 from controller.act.orders import Settled
-from controller.journal import Entry, Journal
+from controller.journal import Entry, Journal, Outcome
 from controller.memory import Memory, after, recovered
 from policies.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
+MAX_OUTCOMES = 10_000  # That wait for a disk with room.
 
 
 class Observer(Protocol):
@@ -70,6 +71,9 @@ class Controller:
         self._observer, self._actuator, self._journal = observer, actuator, journal
         self._epoch, self._clock, self._passed, self._period_s = epoch, clock, passed, period_s
         self._words: list[tuple[Callable[[Memory], Memory], asyncio.Future[None]]] = []
+        self._heeded: list[asyncio.Future[None]] = []
+        self._outcomes: tuple[Outcome, ...] = ()
+        """Not in the journal yet."""
 
     async def run(self) -> None:
         """For ever. A pass that takes longer than the period delays the next; none is made up for."""
@@ -91,7 +95,7 @@ class Controller:
     async def once(self) -> Decision:
         """One pass."""
         began_s, course = self._clock(), self.course
-        said = self._heed()
+        self._heed()
         snapshot = await self._observer.observe(self.memory)
         decision = course.pipeline.decide(snapshot)
         if decision.failed:
@@ -102,31 +106,40 @@ class Controller:
             epoch=self._epoch, pipeline=course.text, mode=course.mode, snapshot=snapshot, decision=decision, shadows=shadows
         )
         self._write(entry.number, lambda: self._journal.write(entry))
-        for word in said:
-            word.cancelled() or word.set_result(None)
+        self._acknowledge()
         acts = course.mode == "act"
         settled = self._actuator.settle(snapshot, after(self.memory, snapshot, decision, applied=acts))
         self.memory = settled.memory
-        if settled.outcomes:
-            self._write(entry.number, lambda: self._journal.add(settled.outcomes))
+        self._outcomes = (*self._outcomes, *settled.outcomes)[-MAX_OUTCOMES:]
+        if self._outcomes and self._write(entry.number, lambda: self._journal.add(self._outcomes)):
+            self._outcomes = ()
         if acts:
             self._actuator.apply(snapshot.pass_number, decision.actions)
         self._passed(snapshot, decision, self._clock() - began_s)
         return decision
 
-    def _heed(self) -> list[asyncio.Future[None]]:
+    def _heed(self) -> None:
         words, self._words = self._words, []
-        for change, _ in words:
+        for change, said in words:
             self.memory = change(self.memory)
-        return [said for _, said in words]
+            self._heeded.append(said)
 
-    def _write(self, number: int, write: Callable[[], None]) -> None:
+    def _acknowledge(self) -> None:
+        """What is in force is written down by now."""
+        heeded, self._heeded = self._heeded, []
+        for said in heeded:
+            if not said.done():
+                said.set_result(None)
+
+    def _write(self, number: int, write: Callable[[], None]) -> bool:
         """The fleet is controlled on while the disk is full; only the record of it is lost, and counted."""
         try:
             write()
         except OSError as error:
             self.unwritten += 1
             log.error("pass %d is not wholly in the journal: %s", number, error)
+            return False
+        return True
 
 
 def recall(journal: Journal) -> Memory:

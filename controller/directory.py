@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 CONFIG = "fleet.json"
 JOURNAL = "journal.sqlite"
 PORT = "http_port"
+EPOCH = "epoch"
 
 
 def write_fleet(directory: Path, fleet: Fleet) -> None:
@@ -47,22 +48,36 @@ def open_journal(directory: Path, max_bytes: int) -> Journal:
         return Journal(path, max_bytes=max_bytes)
 
 
+def next_epoch(directory: Path, known: int) -> int:
+    """Above that of every controller before, also of one that died before it wrote a pass."""
+    epoch = max(known, _number(directory / EPOCH)) + 1
+    with contextlib.suppress(OSError):  # A full disk: then the journal's word is all there is.
+        (directory / EPOCH).write_text(str(epoch))
+    return epoch
+
+
 def remember_port(directory: Path, port: int) -> None:
     """By which the next controller is found where this one was."""
-    (directory / PORT).write_text(str(port))
+    with contextlib.suppress(OSError):
+        (directory / PORT).write_text(str(port))
 
 
 def remembered_port(directory: Path) -> int:
     """0 where none is."""
+    return _number(directory / PORT)
+
+
+def _number(path: Path) -> int:
     try:
-        return int((directory / PORT).read_text())
+        return int(path.read_text())
     except (OSError, ValueError):
         return 0
 
 
 def put_journal_aside(directory: Path) -> None:
     """A fleet that starts anew begins a new one; the one before it can still be read."""
-    (directory / PORT).unlink(missing_ok=True)
+    for name in (PORT, EPOCH):
+        (directory / name).unlink(missing_ok=True)
     for suffix in ("", "-wal", "-shm"):
         with contextlib.suppress(FileNotFoundError):
             (directory / f"{JOURNAL}{suffix}").replace(directory / f"journal.before.sqlite{suffix}")

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
@@ -21,14 +22,14 @@ from cluster.actions import Decision
 from cluster.errors import InvalidConfig, InvalidRequest, MobulaError
 from cluster.fleet import Fleet, PipelineSpec, PolicySpec
 from cluster.metrics import DEMAND_NAMES, Sample
-from cluster.placement import group_of
+from cluster.placement import group_name, group_of
 from cluster.replica import Phase, Replica
 from cluster.snapshot import ClusterSnapshot, Hold, ReplicaState
 from controller.act.actuator import Actuator
 from controller.act.hosts import Hosts
 from controller.act.orders import Orders
 from controller.controller import Controller, Course, recall
-from controller.directory import open_journal, read_fleet, remember_port, remembered_port, write_fleet
+from controller.directory import next_epoch, open_journal, read_fleet, remember_port, remembered_port, write_fleet
 from controller.memory import GroupMemory, Memory, with_hold, without_hold
 from controller.observe.assemble import SPAN_S
 from controller.observe.discovery import DiscoveryServer, target_groups
@@ -82,7 +83,7 @@ class FleetController:
         self._journal = open_journal(directory, self.fleet.control.journal_bytes)
         last = self._journal.last()
         self._last = last
-        self.epoch = 1 if last is None else last.epoch + 1
+        self.epoch = next_epoch(directory, 0 if last is None else last.epoch)
         self.clock = clock_from(0.0 if last is None else last.snapshot.now_s)
         self._hosts = hosts(self.fleet, self.epoch)
         self.registry = Registry(secrets.token_hex(8), self.epoch, self._table_changed)
@@ -158,6 +159,7 @@ class FleetController:
             expected = {one.replica_id: one for one in last.snapshot.replicas if _registered(one)}
             await self._settled(expected.keys())
             self._give_up(state for name, state in expected.items() if name not in self.registry.table.replicas)
+            self.controller.memory = self._numbered(self.controller.memory)
             self.actuator.carry_out(self.orders.resume(self._journal.unsettled(self.clock() - UNSETTLED_S)))
         elif running:
             log.warning("%d workers run, and no journal says why: they are kept as they are", len(running))
@@ -186,11 +188,14 @@ class FleetController:
         pools = {node.name: node.pool for node in self.fleet.nodes}
         found = {group_of(self.fleet, spec): 0 for spec in self.fleet.replicas}
         for row in rows:
-            name = f"{row.model}/{row.role.value}/{pools.get(row.node, '')}"
+            name = group_name(row.model, row.role, pools.get(row.node, ""))
             found[name] = found.get(name, 0) + 1
-        numbers = [int(name.rpartition("-")[2]) for name in self.registry.table.replicas if name.rpartition("-")[2].isdigit()]
-        groups = {name: GroupMemory(wanted=count) for name, count in found.items()}
-        return Memory(next_replica=max(numbers, default=-1) + 1, groups=groups)
+        return self._numbered(Memory(groups={name: GroupMemory(wanted=count) for name, count in found.items()}))
+
+    def _numbered(self, memory: Memory) -> Memory:
+        """No number of a replica that runs is given again, whether the journal knows of it or not."""
+        numbers = [int(number) for number in (name.rpartition("-")[2] for name in self.registry.table.replicas) if number.isdigit()]
+        return msgspec.structs.replace(memory, next_replica=max(memory.next_replica, *(number + 1 for number in numbers), 0))
 
     async def shutdown(self, drain_s: float) -> None:
         """End every worker: what runs may take so long to finish."""
@@ -237,7 +242,10 @@ class FleetController:
     # What operators say
 
     async def hold(self, hold: Hold) -> None:
-        await self.controller.say(lambda memory: with_hold(memory, hold))
+        """`expires_s` is of this machine's clock, which may have been set since the controller's own began."""
+        until_s = self.clock() + hold.expires_s - time.time()
+        kept = msgspec.structs.replace(hold, expires_s=round(until_s, 3))
+        await self.controller.say(lambda memory: with_hold(memory, kept))
 
     async def unhold(self, kinds: Iterable[str], target: str) -> bool:
         """Whether there was such a hold."""

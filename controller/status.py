@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -155,7 +155,11 @@ def fleet_status(
 ) -> FleetStatus:
     """more: those fields that are not the snapshot's to know."""
     rows = {row.replica_id: row for row in membership.replicas}
-    nodes = tuple(_node(snapshot, name) for name in sorted(snapshot.node_by_name))
+    there: dict[str, list[ReplicaState]] = {}
+    for replica in snapshot.replicas:
+        if replica.phase.value not in ("lost", "stopped"):
+            there.setdefault(replica.node, []).append(replica)
+    nodes = tuple(_node(snapshot, name, there.get(name, ())) for name in sorted(snapshot.node_by_name))
     return FleetStatus(
         fleet=fleet.name,
         version=membership.version,
@@ -173,9 +177,8 @@ def fleet_status(
     )
 
 
-def _node(snapshot: ClusterSnapshot, name: str) -> NodeStatus:
+def _node(snapshot: ClusterSnapshot, name: str, there: Sequence[ReplicaState]) -> NodeStatus:
     node = snapshot.node_by_name[name]
-    there = [replica for replica in snapshot.replicas if replica.node == name and replica.phase.value not in ("lost", "stopped")]
     held = next((hold.kind for hold in snapshot.holds if hold.target == name and hold.kind in ("drain", "cordon")), "")
     return NodeStatus(
         name=name,

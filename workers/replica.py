@@ -92,11 +92,13 @@ class HostedReplica:
         self.plan = msgspec.structs.replace(self.plan, group=group)
         self.phase = Phase.WARMING
         await self.run_dry(bound_s)
-        self._abandon(f"{self.replica_id} becomes {group.role.value}")
-        await asyncio.to_thread(self.engine.warm)
-        self._flush()  # The old role's last words.
-        self._put_on(group.role)
-        self.become_ready()
+        if self.phase is Phase.WARMING:  # Else it was told to drain meanwhile.
+            self._abandon(f"{self.replica_id} becomes {group.role.value}")
+            await asyncio.to_thread(self.engine.warm)
+        if self.phase is Phase.WARMING:
+            self._flush()  # The old role's last words.
+            self._put_on(group.role)
+            self.become_ready()
 
     def _abandon(self, error: str) -> None:
         if self.decode is not None:

@@ -272,7 +272,11 @@ class Worker:
         changing = asyncio.ensure_future(replica.take_role(group, within_s))
         await asyncio.sleep(0)
         self._news.set()
-        await changing
+        try:
+            await changing
+        except Exception:
+            log.exception("%s does not become %s", replica.replica_id, group.role.value)
+            replica.phase = Phase.LOST
         self._news.set()
 
     def _end_if_idle(self) -> None:

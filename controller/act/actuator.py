@@ -86,12 +86,23 @@ class Actuator:
                 plan = ReplicaPlan(replica_id=action.replica_id, group=group, model=model_of(self.fleet, group))
                 await self._hosts.start(worker_id or self._worker_for(action.replica_id, group, action.node), node, plan)
             case DrainReplica():
-                worker_id = worker_id or self._worker_of_start(action.replica_id)
-                await self._hosts.drain(worker_id, action.replica_id, max(0.0, action.deadline_s - self._clock()))
+                within_s = max(0.0, action.deadline_s - self._clock())
+                if worker_id is not None:
+                    await self._hosts.drain(worker_id, action.replica_id, within_s)
+                else:
+                    await self._call_off(action.replica_id)
             case ChangeRole():
                 await self._hosts.change_role(
                     worker_id or f"worker-{action.replica_id}", action.replica_id, self._group(action.target), ROLE_DRAIN_S
                 )
+
+    async def _call_off(self, replica_id: str) -> None:
+        """A start that is under way. One that cannot be told comes too late, should it come."""
+        try:
+            await self._hosts.drain(self._worker_of_start(replica_id), replica_id, 0.0)
+            self._watch.started.pop(replica_id, None)
+        except MobulaError:
+            self._watch.give_up_start(replica_id)
 
     def worker_of(self, replica_id: str) -> str | None:
         """As it registered; None before that."""
@@ -113,10 +124,12 @@ class Actuator:
 
     def end(self, replica_id: str, node: str) -> None:
         """By force, and only where nobody else lives in its process."""
-        row = self._registry.table.replicas.get(replica_id)
-        worker_id = row.worker_id if row else self._worker_of_start(replica_id)
-        self._watch.give_up_start(replica_id)
-        if not self._registry.table.hosted(worker_id) - {replica_id}:
+        worker_id = self.worker_of(replica_id) or self._worker_of_start(replica_id)
+        others = {name for name in self._watch.started if self._worker_of_start(name) == worker_id}
+        if (others | self._registry.table.hosted(worker_id)) - {replica_id}:
+            self._do(self._call_off(replica_id))
+        else:
+            self._watch.give_up_start(replica_id)
             self._do(self._hosts.end(worker_id, node))
 
     def _group(self, name: str) -> ReplicaGroup:

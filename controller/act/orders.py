@@ -110,6 +110,8 @@ class Orders:
             del self.open[name]
             if isinstance(order.action, StartReplica) and took_s is not None:
                 memory = with_start(memory, order.action.group, took_s)
+            elif isinstance(order.action, ChangeRole) and name in states and states[name].phase is Phase.WARMING:
+                overdue.append(name)
             elif isinstance(order.action, StartReplica):
                 failure = FailedStart(group=order.action.group, node=order.action.node, at_s=snapshot.now_s)
                 memory = with_failed_start(memory, failure)

@@ -43,14 +43,17 @@ class RayHosts:
 
     async def start(self, worker_id: str, node: NodeSpec, plan: ReplicaPlan) -> None:
         """Waits for the worker's process, however long that takes to begin; what then happens in it, the worker tells."""
-        handle = await asyncio.to_thread(self._made, worker_id, node, plan)
-        try:
-            await handle.host.remote(plan, self._epoch)
-        except RayTaskError as error:
-            raise _cause(error) from error
-        except RayActorError as error:
-            self._handles.pop(worker_id, None)
-            raise _death(f"{worker_id} on node {node.name}", error) from error
+        for known in (worker_id in self._handles, False):
+            handle = await asyncio.to_thread(self._made, worker_id, node, plan)
+            try:
+                await handle.host.remote(plan, self._epoch)
+                return
+            except RayTaskError as error:
+                raise _cause(error) from error
+            except RayActorError as error:
+                self._handles.pop(worker_id, None)
+                if not known:  # Else it was another, that has ended since.
+                    raise _death(f"{worker_id} on node {node.name}", error) from error
 
     async def drain(self, worker_id: str, replica_id: str, within_s: float) -> None:
         await self._order(worker_id, lambda handle: handle.drain_replica.remote(replica_id, within_s, self._epoch))
@@ -69,11 +72,11 @@ class RayHosts:
             await asyncio.to_thread(ray.kill, handle, no_restart=True)
         if node:
             with contextlib.suppress(TimeoutError, RayError):
-                await asyncio.wait_for(self._on_node(node, _kill, worker_id), ORDER_S)
+                await self._on_node(ORDER_S, node, _kill, worker_id)
 
     async def probe(self, node: str) -> bool:
         try:
-            await asyncio.wait_for(self._on_node(node, _here), PROBE_S)
+            await self._on_node(PROBE_S, node, _here)
         except (TimeoutError, RayError):
             return False
         return True
@@ -123,10 +126,15 @@ class RayHosts:
             self._handles.pop(worker_id, None)
             raise Unreachable(f"{worker_id} is gone") from error
 
-    async def _on_node(self, node: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """In a process of its own on that node."""
+    async def _on_node(self, bound_s: float, node: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """In a process of its own on that node. Raises TimeoutError."""
         there = ray.remote(call).options(num_cpus=0, max_retries=0, label_selector={NODE_LABEL: node})
-        return await there.remote(*arguments)
+        answer = there.remote(*arguments)
+        try:
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(answer.future())), bound_s)
+        except TimeoutError:
+            ray.cancel(answer)  # Else it waits for its node for ever.
+            raise
 
 
 def _here() -> None:

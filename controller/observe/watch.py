@@ -175,6 +175,8 @@ class Watch:
         return Loss(worker_id=worker_id, node=worker.node, why=why, replicas=states)
 
     def _lost_state(self, row: Replica) -> ReplicaState:
+        # By the earlier of two clocks: a worker's own may be ahead of ours.
+        ready_s = None if row.ready_since_s is None else min(row.ready_since_s, self.since_s.get(row.replica_id, self._clock()))
         return ReplicaState(
             replica_id=row.replica_id,
             group=group_name(row.model, row.role, self.pools.get(row.node, "")),
@@ -182,7 +184,7 @@ class Watch:
             phase=Phase.LOST,
             node=row.node,
             phase_since_s=round(self._clock(), 3),
-            ready_since_s=row.ready_since_s,
+            ready_since_s=ready_s,
         )
 
     def _excuse_own_delay(self) -> None:

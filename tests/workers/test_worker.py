@@ -467,7 +467,7 @@ async def test_a_start_that_fails_is_told_and_ends_the_worker_that_has_nothing_e
     await worker.serve()
     group = ReplicaGroup(role=Role.MIXED, engine="torch")
     worker.host(ReplicaPlan(replica_id="r", group=group, model=ModelSpec(name="m", path="/no/such/model")), epoch=1)
-    name, error, permanent = await asyncio.wait_for(fleet.registry.failures.get(), PATIENCE_S)
+    name, error, permanent = await asyncio.wait_for(fleet.registry.failures.get(), 6 * PATIENCE_S)  # Torch is imported first.
     assert (name, permanent) == ("r", True)
     assert "/no/such/model" in error
     await asyncio.wait_for(ended.wait(), PATIENCE_S)
