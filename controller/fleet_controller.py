@@ -378,5 +378,6 @@ def _start_timeouts(fleet: Fleet) -> dict[str, float]:
 
 
 def _registered(state: ReplicaState) -> bool:
-    """Whether it had told what it is."""
-    return state.load is not None and state.phase is not Phase.LOST
+    """Whether it had told what it is. Just after a take-over those that have may not have sent a report yet."""
+    told = state.load is not None or state.ready_since_s is not None
+    return state.phase in (Phase.WARMING, Phase.READY) or (told and state.phase is not Phase.LOST)
