@@ -252,6 +252,7 @@ class FleetController:
         self.fleet = self._observer.fleet = self.actuator.fleet = fleet
         self.watch.pools = {node.name: node.pool for node in fleet.nodes}
         self.orders.start_timeout_s = _start_timeouts(fleet)
+        self._journal.max_bytes = fleet.control.journal_bytes
         self.controller.course = course
 
     # What people ask

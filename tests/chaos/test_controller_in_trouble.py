@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 
 import msgspec
@@ -120,6 +121,20 @@ def test_a_journal_that_cannot_be_read_is_put_aside(directory: Path):
     world.close()
 
 
+def test_a_journal_whose_last_pass_is_damaged_is_put_aside_and_the_fleet_kept(directory: Path):
+    world = World(directory, Script(at_s=NEVER))
+    world.new_controller()
+    world.run(1006.0)
+    with sqlite3.connect(directory / "journal.sqlite") as journal:
+        journal.execute("UPDATE passes SET frame = x'00' WHERE number = (SELECT max(number) FROM passes)")
+    world.new_controller()
+    world.run(1020.0)
+    assert world.roles() == (1, 2)
+    assert sum(world.started.values()) == 3
+    assert len(list(directory.glob("*.broken"))) == 1
+    world.close()
+
+
 def test_a_full_disk_is_counted_and_the_fleet_controlled_on(world: World, monkeypatch: pytest.MonkeyPatch):
     def full(entry: object) -> None:
         raise OSError("no space left on device")
@@ -168,6 +183,12 @@ def test_another_config_takes_effect_with_the_next_pass_and_outlives_the_control
     world.new_controller()
     world.run(FORTY_S)
     assert world.roles() == (1, 4)
+
+
+def test_another_bound_of_the_journal_counts_at_once(world: World):
+    control = msgspec.structs.replace(world.fleet.control, journal_bytes=2**24)
+    world.controller.reload(msgspec.structs.replace(world.fleet, control=control))
+    assert world.controller._journal.max_bytes == 2**24
 
 
 def test_challengers_are_journaled_beside_what_is_done(directory: Path):
