@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import asdict
 
 from cluster.actions import Decision
 from cluster.errors import InvalidConfig, InvalidRequest, MobulaError
@@ -55,6 +56,7 @@ SETTLE_S = SILENCE_S  # A worker that lives has registered with a new controller
 SETTLE_POLL_S = 0.05
 UNSETTLED_S = 1800.0  # Orders that are older are not given again: the longest start is half of it.
 SHOWN_CHANGES = 12
+MOST_FIGURE = 1e6  # Of a performance model: no step lasts so many seconds, and no replica draws so many watts.
 
 KEEP = PipelineSpec(policies=(PolicySpec(use="policies.keep:Keep"),), guards=(PolicySpec(use="policies.guards:Capacity"),))
 """Brings up a fleet whose controller is to advise only."""
@@ -218,6 +220,8 @@ class FleetController:
                 raise InvalidRequest(f"{row.replica_id} serves {row.model}, which is no model of {self.fleet.name}")
             if row.node not in nodes:
                 raise InvalidRequest(f"{row.replica_id} runs on {row.node}, which is no node of {self.fleet.name}")
+            if bad := [field for field, value in asdict(row.performance).items() if not 0.0 <= value <= MOST_FIGURE]:
+                raise InvalidRequest(f"{row.replica_id} says of its performance that {bad[0]} is no number in [0, {MOST_FIGURE:g}]")
         return self.registry.register(replicas)
 
     def failed(self, replica_id: str, error: str, permanent: bool) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sqlite3
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from cluster.errors import InvalidRequest
 from cluster.fleet import PipelineSpec, PolicySpec
 from cluster.replica import Phase
 from cluster.snapshot import Hold
@@ -80,7 +82,7 @@ def test_a_start_that_keeps_failing_is_given_up_and_says_why(directory: Path):
     world.run(1000.0 + 300.0)
     assert 5 <= sum(count for name, count in world.started.items() if name.startswith("decode")) <= 7, world.started
     last = Journal(directory / "journal.sqlite", read_only=True).last()
-    assert any("starts failed within" in one.why for one in last.decision.dropped)
+    assert any("starts failed 5 times" in one.why for one in last.decision.dropped)
     world.close()
 
 
@@ -133,6 +135,14 @@ def test_a_journal_whose_last_pass_is_damaged_is_put_aside_and_the_fleet_kept(di
     assert sum(world.started.values()) == 3
     assert len(list(directory.glob("*.broken"))) == 1
     world.close()
+
+
+@pytest.mark.parametrize("step_s", [math.nan, math.inf, -1.0])
+def test_a_replica_whose_performance_is_no_number_is_not_counted_on(world: World, step_s: float):
+    row = next(iter(world.workers.values())).row
+    mad = msgspec.structs.replace(row, performance=msgspec.structs.replace(row.performance, step_s=step_s))
+    with pytest.raises(InvalidRequest, match="step_s is no number"):
+        world.controller.register((mad,))
 
 
 def test_a_full_disk_is_counted_and_the_fleet_controlled_on(world: World, monkeypatch: pytest.MonkeyPatch):
