@@ -52,7 +52,8 @@ log = logging.getLogger(__name__)
 
 INVENTORY_S = 1.0
 PROBE_S = 2.0
-SETTLE_S = SILENCE_S  # A worker that lives has registered with a new controller by then.
+SETTLE_S = SILENCE_S  # A worker that lives has registered with a new controller by then, or others have kept it busy.
+MAX_SETTLE_S = 60.0  # Ten thousand calls take some ten seconds.
 SETTLE_POLL_S = 0.05
 UNSETTLED_S = 1800.0  # Orders that are older are not given again: the longest start is half of it.
 SHOWN_CHANGES = 12
@@ -96,6 +97,8 @@ class FleetController:
         source = self.window if self._prometheus_url is None else Prometheus(self._prometheus_url, SPAN_S, self.fleet.name)
         self.feed = TelemetryFeed(source, DEMAND_NAMES, self.clock)
         self._links = WorkerLinks(transport, f"{WATCHER}{self.epoch}", self.watch, silence_s=SILENCE_S)
+        self._following = False
+        """The table has changed, and is about to be looked at."""
         self._losses = 0
         observer = Observer(
             self.fleet,
@@ -162,12 +165,12 @@ class FleetController:
             self.controller.memory = self._as_found()
 
     async def _settled(self, expected: Iterable[str]) -> None:
-        """Until all of them have registered, or had the time to."""
+        """Until all of them have registered, or had the time to: nobody came for SETTLE_S."""
         waiting = frozenset(expected)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SETTLE_S):
+            async with asyncio.timeout(MAX_SETTLE_S):
                 while waiting - self.registry.table.replicas.keys():
-                    await self.registry.changed()
+                    await asyncio.wait_for(self.registry.changed(), SETTLE_S)
 
     def _give_up(self, states: Iterable[ReplicaState]) -> None:
         """They ended while nobody watched, or hang."""
@@ -298,6 +301,13 @@ class FleetController:
     # Inside
 
     def _table_changed(self) -> None:
+        """A whole fleet that registers with a new controller is looked at a few times, and not once for each worker."""
+        if not self._following:
+            self._following = True
+            asyncio.get_running_loop().call_soon(self._follow_table)
+
+    def _follow_table(self) -> None:
+        self._following = False
         self.watch.table_changed()
         self._links.update(self.registry.table.membership)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
@@ -17,16 +17,23 @@ GATEWAY_GRACE_S = 5.0  # A gateway replica that asks again so late after its lon
 
 
 class MembershipTable:
-    """Replicas by worker. The version rises with every change."""
+    """Replicas by worker. The version rises with every change, each of which costs what changes and not what there is."""
 
     def __init__(self, registry: str = "") -> None:
         self._replicas: dict[str, Replica] = {}
-        self._membership = Membership(version=0, registry=registry)
+        self._hosted: dict[str, set[str]] = {}
+        """Names by worker."""
+        self._registry = registry
+        self._shown: Membership | None = None
+        self.version = 0
 
     @property
     def membership(self) -> Membership:
         """By replica id, so that equal tables are equal tuples."""
-        return self._membership
+        if self._shown is None or self._shown.version != self.version:
+            rows = tuple(self._replicas[name] for name in sorted(self._replicas))
+            self._shown = Membership(version=self.version, registry=self._registry, replicas=rows)
+        return self._shown
 
     @property
     def replicas(self) -> Mapping[str, Replica]:
@@ -34,9 +41,9 @@ class MembershipTable:
 
     def register(self, replicas: tuple[Replica, ...]) -> None:
         """The workers named in them host exactly these from now on. Saying it again is harmless."""
-        workers = {replica.worker_id for replica in replicas}
-        kept = {name: replica for name, replica in self._replicas.items() if replica.worker_id not in workers}
-        self._become(kept | {replica.replica_id: replica for replica in replicas})
+        told = {replica.replica_id: replica for replica in replicas}
+        before = {name for replica in replicas for name in self._hosted.get(replica.worker_id, ())}
+        self._change(told, before - told.keys())
 
     def phases(self, worker_id: str, phases: Mapping[str, Phase], now_s: float) -> None:
         """What a worker says of its own replicas; of others' it says nothing."""
@@ -45,20 +52,25 @@ class MembershipTable:
             replica = self._replicas.get(name)
             if replica is not None and replica.worker_id == worker_id and replica.phase is not phase:
                 changed[name] = _aged(replica, phase, now_s)
-        if changed:
-            self._become(self._replicas | changed)
+        self._change(changed)
 
     def remove_worker(self, worker_id: str) -> tuple[Replica, ...]:
         """Answers with what it hosted."""
-        gone = tuple(replica for replica in self._replicas.values() if replica.worker_id == worker_id)
-        self._become({name: replica for name, replica in self._replicas.items() if replica.worker_id != worker_id})
+        names = sorted(self._hosted.get(worker_id, ()))
+        gone = tuple(self._replicas[name] for name in names)
+        self._change({}, names)
         return gone
 
-    def _become(self, replicas: dict[str, Replica]) -> None:
-        if replicas != self._replicas:
-            self._replicas = replicas
-            rows = tuple(replicas[name] for name in sorted(replicas))
-            self._membership = msgspec.structs.replace(self._membership, version=self._membership.version + 1, replicas=rows)
+    def _change(self, told: Mapping[str, Replica], gone: Iterable[str] = ()) -> None:
+        changed = {name: replica for name, replica in told.items() if self._replicas.get(name) != replica}
+        gone = tuple(gone)
+        for name in (*gone, *changed):
+            if (before := self._replicas.pop(name, None)) is not None:
+                self._hosted[before.worker_id].discard(name)
+        for name, replica in changed.items():
+            self._replicas[name] = replica
+            self._hosted.setdefault(replica.worker_id, set()).add(name)
+        self.version += bool(changed or gone)
 
 
 def _aged(replica: Replica, phase: Phase, now_s: float) -> Replica:
@@ -100,7 +112,7 @@ class Registry:
             self._gateways[gateway] = time.monotonic() + timeout_s + GATEWAY_GRACE_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(timeout_s, MAX_WAIT_S)):
-                while self.table.membership.version <= after_version:
+                while self.table.version <= after_version:
                     await self.changed()
         return self.table.membership
 

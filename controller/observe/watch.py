@@ -77,9 +77,9 @@ class Watch:
                 continue
             self.heard_loads[load.replica_id] = Heard(load=load, at_s=self._clock())
             phases[load.replica_id] = load.phase
-        before = self._registry.table.membership.version
+        before = self._registry.table.version
         self._registry.table.phases(worker_id, phases, self._clock())
-        if self._registry.table.membership.version != before:
+        if self._registry.table.version != before:
             self._registry.tell()
 
     def lost(self, worker_id: str, cause: str) -> None:

@@ -16,7 +16,7 @@ from cluster.replica import Phase
 from cluster.snapshot import Hold
 from controller.directory import write_fleet
 from controller.journal import Journal
-from tests.chaos.world import Script, World
+from tests.chaos.world import FakeWorker, Script, World
 
 NEVER = 1e12
 FORTY_S = 1040.0
@@ -73,6 +73,30 @@ def test_a_partitioned_worker_is_fenced_by_the_next_controller_too(world: World)
     world.run(1035.0)
     assert victim not in world.workers
     assert world.roles() == (1, 2)
+
+
+def test_workers_that_register_together_are_looked_at_together(world: World, monkeypatch: pytest.MonkeyPatch):
+    looks = []
+    monkeypatch.setattr(world.controller.watch, "table_changed", lambda: looks.append(world.now_s))
+    with world.loop.current():
+        for worker in world.workers.values():
+            world.controller.register((msgspec.structs.replace(worker.row, revision="new"),))
+    world.run(world.now_s + 0.05)
+    assert len(looks) == 1
+
+
+def test_a_fleet_that_takes_long_to_register_with_a_new_controller_is_kept(world: World):
+    register, names, began_s = world.register, sorted(world.workers), world.now_s
+
+    def late(worker: FakeWorker) -> None:
+        if world.now_s >= began_s + 4.0 * (1 + names.index(worker.worker_id)):
+            register(worker)
+
+    world.register = late
+    world.new_controller()
+    world.run(began_s + 30.0)
+    assert sorted(world.workers) == names
+    assert (sum(world.started.values()), world.lost_streams) == (3, 0)
 
 
 def test_a_start_that_keeps_failing_is_given_up_and_says_why(directory: Path):
