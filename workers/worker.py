@@ -272,7 +272,12 @@ class Worker:
         changing = asyncio.ensure_future(replica.take_role(group, within_s))
         await asyncio.sleep(0)
         self._news.set()
-        await changing
+        try:
+            await changing
+        except Exception:
+            log.exception("%s does not become %s", replica.replica_id, group.role.value)
+            if replica.phase is Phase.WARMING:
+                replica.phase = Phase.LOST  # The controller replaces it; nobody else would notice.
         self._news.set()
 
     def _end_if_idle(self) -> None:
