@@ -40,7 +40,7 @@ def open_journal(directory: Path, max_bytes: int) -> Journal:
     """One that cannot be read is put aside, and a new one begun: a fleet is worth more than its history."""
     path = directory / JOURNAL
     try:
-        return Journal(path, max_bytes=max_bytes)
+        return _readable(path, max_bytes)
     except InvalidTrace as error:
         aside = path.with_suffix(f".{time.time_ns()}.broken")
         log.error("%s; it is kept as %s, and a new one begun", error, aside)
@@ -72,6 +72,17 @@ def _number(path: Path) -> int:
         return int(path.read_text())
     except (OSError, ValueError):
         return 0
+
+
+def _readable(path: Path, max_bytes: int) -> Journal:
+    """One whose last pass can be gone on from."""
+    journal = Journal(path, max_bytes=max_bytes)
+    try:
+        journal.last()
+    except InvalidTrace:
+        journal.close()
+        raise
+    return journal
 
 
 def put_journal_aside(directory: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import asdict
 
 from cluster.actions import Decision
 from cluster.errors import InvalidConfig, InvalidRequest, MobulaError
@@ -52,11 +53,13 @@ log = logging.getLogger(__name__)
 
 INVENTORY_S = 1.0
 PROBE_S = 2.0
-SETTLE_S = SILENCE_S  # A worker that lives has registered with a new controller by then.
+SETTLE_S = SILENCE_S  # A worker that lives has registered with a new controller by then, or others have kept it busy.
+MAX_SETTLE_S = 60.0  # Ten thousand calls take some ten seconds.
 SETTLE_POLL_S = 0.05
 UNSETTLED_S = 1800.0  # Orders that are older are not given again: the longest start is half of it.
 SHOWN_CHANGES = 12
 MAX_FAILURES = 100  # That are told to whoever waits for the first start.
+MOST_FIGURE = 1e6  # Of a performance model: no step lasts so many seconds, and no replica draws so many watts.
 
 KEEP = PipelineSpec(policies=(PolicySpec(use="policies.keep:Keep"),), guards=(PolicySpec(use="policies.guards:Capacity"),))
 """Brings up a fleet whose controller is to advise only."""
@@ -96,8 +99,9 @@ class FleetController:
         source = self.window if self._prometheus_url is None else Prometheus(self._prometheus_url, SPAN_S, self.fleet.name)
         self.feed = TelemetryFeed(source, DEMAND_NAMES, self.clock)
         self._links = WorkerLinks(transport, f"{WATCHER}{self.epoch}", self.watch, silence_s=SILENCE_S)
-        self._losses = 0
         self._following = False
+        """The table has changed, and is about to be looked at."""
+        self._losses = 0
         observer = Observer(
             self.fleet,
             self.registry,
@@ -167,12 +171,12 @@ class FleetController:
             self.controller.memory = self._as_found()
 
     async def _settled(self, expected: Iterable[str]) -> None:
-        """Until all of them have registered, or had the time to."""
+        """Until all of them have registered, or had the time to: nobody came for SETTLE_S."""
         waiting = frozenset(expected)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SETTLE_S):
+            async with asyncio.timeout(MAX_SETTLE_S):
                 while waiting - self.registry.table.replicas.keys():
-                    await self.registry.changed()
+                    await asyncio.wait_for(self.registry.changed(), SETTLE_S)
 
     def _give_up(self, states: Iterable[ReplicaState]) -> None:
         """They ended while nobody watched, or hang."""
@@ -228,6 +232,8 @@ class FleetController:
                 raise InvalidRequest(f"{row.replica_id} serves {row.model}, which is no model of {self.fleet.name}")
             if row.node not in nodes:
                 raise InvalidRequest(f"{row.replica_id} runs on {row.node}, which is no node of {self.fleet.name}")
+            if bad := [field for field, value in asdict(row.performance).items() if not 0.0 <= value <= MOST_FIGURE]:
+                raise InvalidRequest(f"{row.replica_id} says of its performance that {bad[0]} is no number in [0, {MOST_FIGURE:g}]")
         return self.registry.register(replicas)
 
     def failed(self, replica_id: str, error: str, permanent: bool) -> None:
@@ -266,6 +272,7 @@ class FleetController:
         self.fleet = self._observer.fleet = self.actuator.fleet = fleet
         self.watch.pools = {node.name: node.pool for node in fleet.nodes}
         self.orders.start_timeout_s = _start_timeouts(fleet)
+        self._journal.max_bytes = fleet.control.journal_bytes
         self.controller.course = course
 
     # What people ask
@@ -400,5 +407,6 @@ def _start_timeouts(fleet: Fleet) -> dict[str, float]:
 
 
 def _registered(state: ReplicaState) -> bool:
-    """Whether it had told what it is."""
-    return state.load is not None and state.phase is not Phase.LOST
+    """Whether it had told what it is. Just after a take-over those that have may not have sent a report yet."""
+    told = state.load is not None or state.ready_since_s is not None
+    return state.phase in (Phase.WARMING, Phase.READY) or (told and state.phase is not Phase.LOST)

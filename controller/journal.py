@@ -87,8 +87,9 @@ class Journal:
 
     def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES, read_only: bool = False) -> None:
         """Raises InvalidTrace for a file that is no journal or of another schema."""
+        self.max_bytes = max_bytes
+        """Of content; may be changed, and counts from the next time that it is pruned."""
         self._path = path
-        self._max_bytes = max_bytes
         self._before: ClusterSnapshot | None = None
         self._since_keyframe = 0
         try:
@@ -131,7 +132,8 @@ class Journal:
         self._before = entry.snapshot
         self._since_keyframe = 1 if whole else self._since_keyframe + 1
         if entry.number % PRUNE_EVERY == 0:
-            self.prune()
+            with _as_os_error(self._path):
+                self.prune()
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
         with _as_os_error(self._path), self._db:
@@ -152,11 +154,11 @@ class Journal:
 
     def prune(self) -> None:
         """Delete the oldest passes, keyframe by keyframe, until the file's content is within its bound."""
-        while self.used_bytes > self._max_bytes:
+        while self.used_bytes > self.max_bytes:
             keys = self._db.execute("SELECT number FROM passes WHERE keyframe ORDER BY number LIMIT 2").fetchall()
             if len(keys) < 2:
                 return
-            with _as_os_error(self._path), self._db:
+            with self._db:
                 for table in ("passes", "shadows", "outcomes", "touches"):
                     self._db.execute(f"DELETE FROM {table} WHERE number < ?", keys[1])
                 self._db.execute("PRAGMA incremental_vacuum")
@@ -168,9 +170,12 @@ class Journal:
         return (pages - free) * size
 
     def last(self) -> Entry | None:
-        """The latest pass, None in an empty journal."""
-        number = self._db.execute("SELECT max(number) FROM passes").fetchone()[0]
-        return None if number is None else self.entry(number)
+        """The latest pass, None in an empty journal. Raises InvalidTrace where it cannot be read."""
+        try:
+            number = self._db.execute("SELECT max(number) FROM passes").fetchone()[0]
+            return None if number is None else self.entry(number)
+        except (sqlite3.DatabaseError, zlib.error, msgspec.DecodeError, LookupError) as error:
+            raise InvalidTrace(f"the last pass of {self._path} cannot be read: {error!r}") from error
 
     def last_change(self, until_s: float = math.inf) -> int | None:
         """Number of the latest pass that had something done, up to a time; None without any."""
@@ -317,7 +322,7 @@ def _as_os_error(path: Path) -> Iterator[None]:
     """SQLite's errors as what they are to a caller: the disk's."""
     try:
         yield
-    except sqlite3.OperationalError as error:
+    except sqlite3.Error as error:
         raise OSError(f"journal {path}: {error}") from error
 
 

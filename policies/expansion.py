@@ -14,7 +14,7 @@ import msgspec
 from cluster.actions import Action, DrainReplica, Dropped, ScaleRole, StartReplica
 from cluster.node import Market
 from cluster.replica import Phase
-from cluster.snapshot import ClusterSnapshot, Group, ReplicaState
+from cluster.snapshot import ClusterSnapshot, FailedStart, Group, ReplicaState
 from policies.ranges import at_least
 
 _SERVES_LATER = {Phase.STARTING: 0, Phase.WARMING: 1}
@@ -28,7 +28,7 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     avoid_s: float = 30.0
     """A node on which a start failed is avoided for so long, twice as long after each further failure."""
     give_up_after: int = 5
-    """Failed starts within `forget_s` after which a group starts nothing more until one is forgotten."""
+    """Failures within `forget_s` after which a group starts nothing more until one is forgotten."""
     forget_s: float = 600.0
 
     def __post_init__(self) -> None:
@@ -63,18 +63,25 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def avoided(self, snapshot: ClusterSnapshot) -> frozenset[str]:
         """Nodes on which a start failed of late."""
-        times: dict[str, list[float]] = {}
-        for failure in snapshot.failed_starts:
-            if snapshot.now_s - failure.at_s < self.forget_s:
-                times.setdefault(failure.node, []).append(failure.at_s)
+        times = self._failures(snapshot, snapshot.failed_starts)
         return frozenset(node for node, at in times.items() if snapshot.now_s - max(at) < self.avoid_s * 2.0 ** (len(at) - 1))
+
+    def _failures(self, snapshot: ClusterSnapshot, starts: Iterable[FailedStart]) -> dict[str, list[float]]:
+        """Times by node. A node with many replicas fails once with all of them: what fails while it is avoided was begun before."""
+        times: dict[str, list[float]] = {}
+        for start in starts:
+            known = times.setdefault(start.node, [])
+            if snapshot.now_s - start.at_s < self.forget_s and (not known or start.at_s - known[-1] >= self.avoid_s):
+                known.append(start.at_s)
+        return {node: at for node, at in times.items() if at}
 
     def _starts(
         self, snapshot: ClusterSnapshot, action: ScaleRole, group: Group, room: _Room, count: int
     ) -> tuple[list[StartReplica], str]:
-        failures = sum(one.group == group.name and snapshot.now_s - one.at_s < self.forget_s for one in snapshot.failed_starts)
+        mine = (one for one in snapshot.failed_starts if one.group == group.name)
+        failures = sum(len(times) for times in self._failures(snapshot, mine).values())
         if failures >= self.give_up_after:
-            return [], f"{failures} starts failed within {self.forget_s:.0f} s"
+            return [], f"starts failed {failures} times within {self.forget_s:.0f} s"
         starts: list[StartReplica] = []
         for _ in range(count):
             node = room.take(group)

@@ -88,7 +88,10 @@ class HostedReplica:
                     await asyncio.sleep(DRY_POLL_S)
 
     async def take_role(self, group: ReplicaGroup, bound_s: float) -> None:
-        """Finish what the old role has, at the bound hand it back to be served elsewhere; then take the new one, weights kept."""
+        """Finish what the old role has, at the bound hand it back to be served elsewhere; then take the new one, weights kept.
+
+        One that is drained meanwhile takes no role any more: what it still has is the drain's.
+        """
         self.plan = msgspec.structs.replace(self.plan, group=group)
         self.phase = Phase.WARMING
         await self.run_dry(bound_s)

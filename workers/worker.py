@@ -276,7 +276,8 @@ class Worker:
             await changing
         except Exception:
             log.exception("%s does not become %s", replica.replica_id, group.role.value)
-            replica.phase = Phase.LOST
+            if replica.phase is Phase.WARMING:
+                replica.phase = Phase.LOST  # The controller replaces it; nobody else would notice.
         self._news.set()
 
     def _end_if_idle(self) -> None:

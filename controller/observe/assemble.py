@@ -38,6 +38,7 @@ from workers.build_engine import performance_of
 BUCKET_S = 1.0  # A burst shows in the bucket after it, and counts of a second are still told from noise by their windows.
 BUCKETS = 300
 LATENCY_SPAN_S = 60.0  # Of measured quantiles: enough requests for a P99 at 2 requests/s, recent enough to follow a change.
+MAX_FIGURE = 1e12  # Of a load report: above any watts or Unix time, and exact to the digits that are kept.
 SPAN_S = BUCKETS * BUCKET_S + LATENCY_SPAN_S
 
 Telemetry = Mapping[str, Sequence[Series]]
@@ -187,11 +188,11 @@ def _starting(replica_id: str, start: Started) -> ReplicaState:
 
 
 def _rounded(load: Load) -> Load:
-    """As many digits as mean something; a figure that is no number says nothing."""
+    """As many digits as mean something; a figure that is no number, or that nobody measures, says nothing."""
     digits = {"at_s": 1, "step_s": 5, "power_w": 0, "overrun_share": 2}
     figures = {field: getattr(load, field) for field in digits}
     return msgspec.structs.replace(
-        load, **{field: round(value, digits[field]) if math.isfinite(value) else 0.0 for field, value in figures.items()}
+        load, **{field: round(value, digits[field]) if abs(value) <= MAX_FIGURE else 0.0 for field, value in figures.items()}
     )
 
 

@@ -20,6 +20,8 @@ from transports.messages import FromWorker, Report
 
 SILENCE_S = 5.0  # Five reports: a worker paused by a busy machine is not taken for dead, and nobody waits long for a dead one.
 TOGETHER_S = SILENCE_S / 2  # Silent for so long on a node of which another worker is lost: the node is what was lost.
+ENDED_S = 2.0  # Silent for two reports, and not in Ray's list. Whoever was just heard lives, whatever a list says.
+MOST_COUNT = 2**53  # No true count of tokens or blocks is above; snapshots and their journal hold 64 bits.
 FORGET_LOST_S = 600.0  # A partition that lasts longer is noticed by Ray, which ends the workers behind it.
 
 
@@ -58,7 +60,7 @@ class Watch:
         self._listed_s = 0.0
         self._swept_s: float | None = None
         self.nonsense = 0
-        """Loads that were dropped: of replicas their worker does not host, or with counts below 0."""
+        """Loads that were dropped: of replicas their worker does not host, or with counts that cannot be."""
 
     # What comes in
 
@@ -129,7 +131,7 @@ class Watch:
         reasons = {}
         for name, worker in self._workers.items():
             silent_s = self._clock() - worker.heard_s
-            if worker.registered_s < self._listed_s and name not in self.running:
+            if silent_s >= ENDED_S and worker.registered_s < self._listed_s and name not in self.running:
                 reasons[name] = "its process has ended"
             elif silent_s > SILENCE_S:
                 reasons[name] = f"nothing was heard for {silent_s:.1f} s"
@@ -197,4 +199,4 @@ class Watch:
 
 def _sane(load: Load) -> bool:
     counts = (load.running, load.waiting, load.waiting_tokens, load.kv_tokens, load.kv_blocks_used)
-    return all(count >= 0 for count in counts)
+    return all(0 <= count <= MOST_COUNT for count in (load.sequence, *counts))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import sqlite3
 import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from cluster.errors import InvalidRequest
 from cluster.fleet import PipelineSpec, PolicySpec
 from cluster.replica import Phase
 from cluster.snapshot import Hold
 from controller.directory import write_fleet
 from controller.journal import Journal
-from tests.chaos.world import Script, World
+from tests.chaos.world import FakeWorker, Script, World
 
 NEVER = 1e12
 FORTY_S = 1040.0
@@ -73,6 +76,30 @@ def test_a_partitioned_worker_is_fenced_by_the_next_controller_too(world: World)
     assert world.roles() == (1, 2)
 
 
+def test_workers_that_register_together_are_looked_at_together(world: World, monkeypatch: pytest.MonkeyPatch):
+    looks = []
+    monkeypatch.setattr(world.controller.watch, "table_changed", lambda: looks.append(world.now_s))
+    with world.loop.current():
+        for worker in world.workers.values():
+            world.controller.register((msgspec.structs.replace(worker.row, revision="new"),))
+    world.run(world.now_s + 0.2)
+    assert len(looks) == 1
+
+
+def test_a_fleet_that_takes_long_to_register_with_a_new_controller_is_kept(world: World):
+    register, names, began_s = world.register, sorted(world.workers), world.now_s
+
+    def late(worker: FakeWorker) -> None:
+        if world.now_s >= began_s + 4.0 * (1 + names.index(worker.worker_id)):
+            register(worker)
+
+    world.register = late
+    world.new_controller()
+    world.run(began_s + 30.0)
+    assert sorted(world.workers) == names
+    assert (sum(world.started.values()), world.lost_streams) == (3, 0)
+
+
 def test_a_start_that_keeps_failing_is_given_up_and_says_why(directory: Path):
     world = World(directory, Script(at_s=NEVER))
     world.failing |= {"a", "b"}
@@ -80,7 +107,7 @@ def test_a_start_that_keeps_failing_is_given_up_and_says_why(directory: Path):
     world.run(1000.0 + 300.0)
     assert 5 <= sum(count for name, count in world.started.items() if name.startswith("decode")) <= 7, world.started
     last = Journal(directory / "journal.sqlite", read_only=True).last()
-    assert any("starts failed within" in one.why for one in last.decision.dropped)
+    assert any("starts failed 5 times" in one.why for one in last.decision.dropped)
     world.close()
 
 
@@ -119,6 +146,28 @@ def test_a_journal_that_cannot_be_read_is_put_aside(directory: Path):
     assert world.roles() == (1, 2)
     assert len(list(directory.glob("*.broken"))) == 1
     world.close()
+
+
+def test_a_journal_whose_last_pass_is_damaged_is_put_aside_and_the_fleet_kept(directory: Path):
+    world = World(directory, Script(at_s=NEVER))
+    world.new_controller()
+    world.run(1006.0)
+    with sqlite3.connect(directory / "journal.sqlite") as journal:
+        journal.execute("UPDATE passes SET frame = x'00' WHERE number = (SELECT max(number) FROM passes)")
+    world.new_controller()
+    world.run(1020.0)
+    assert world.roles() == (1, 2)
+    assert sum(world.started.values()) == 3
+    assert len(list(directory.glob("*.broken"))) == 1
+    world.close()
+
+
+@pytest.mark.parametrize("step_s", [math.nan, math.inf, -1.0])
+def test_a_replica_whose_performance_is_no_number_is_not_counted_on(world: World, step_s: float):
+    row = next(iter(world.workers.values())).row
+    mad = msgspec.structs.replace(row, performance=msgspec.structs.replace(row.performance, step_s=step_s))
+    with pytest.raises(InvalidRequest, match="step_s is no number"):
+        world.controller.register((mad,))
 
 
 def test_a_full_disk_is_counted_and_the_fleet_controlled_on(world: World, monkeypatch: pytest.MonkeyPatch):
@@ -171,6 +220,12 @@ def test_another_config_takes_effect_with_the_next_pass_and_outlives_the_control
     world.new_controller()
     world.run(FORTY_S)
     assert world.roles() == (1, 4)
+
+
+def test_another_bound_of_the_journal_counts_at_once(world: World):
+    control = msgspec.structs.replace(world.fleet.control, journal_bytes=2**24)
+    world.controller.reload(msgspec.structs.replace(world.fleet, control=control))
+    assert world.controller._journal.max_bytes == 2**24
 
 
 def test_challengers_are_journaled_beside_what_is_done(directory: Path):

@@ -12,6 +12,7 @@ from tests.chaos.world import Script, World
 CHANGE_AT_S = 1006.0
 DONE_S = 1012.0
 SETTLED_S = 1024.0
+TAKE_OVER_STEPS = 80  # And a pass or two.
 
 
 class Scene(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,14 +31,20 @@ SCENES = {
 }
 
 
-def play(directory: Path, scene: Scene, kill_at: int | None) -> tuple[int, list[str]]:
-    """The controller is killed at a step of the change, and another one takes its place. Steps of the change, and what is wrong."""
+def play(directory: Path, scene: Scene, kill_at: int | None, again_at: int | None = None) -> tuple[int, list[str]]:
+    """The controller is killed at a step of the change, and another one takes its place. Steps of the change, and what is wrong.
+
+    again_at: the step of its own life at which that one is killed, too.
+    """
     directory.mkdir()
     world = World(directory, scene.script)
     world.new_controller()
     world.run(CHANGE_AT_S)
     steps = world.run(DONE_S, kill_at)
     if kill_at is not None:
+        world.new_controller()
+    if again_at is not None:
+        world.run(DONE_S, again_at)
         world.new_controller()
     world.run(SETTLED_S)
     found = faults(world, scene)
@@ -66,3 +73,11 @@ def test_killed_at_every_await_it_leaves_what_an_undisturbed_one_does(directory:
     assert found == []
     wrong = {kill_at: play(directory / str(kill_at), scene, kill_at)[1] for kill_at in range(1, steps + 1)}
     assert {kill_at: found for kill_at, found in wrong.items() if found} == {}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_killed_again_at_any_await_of_its_take_over_it_leaves_the_same(directory: Path, name: str):
+    scene = SCENES[name]
+    steps, _ = play(directory / "undisturbed", scene, None)
+    wrong = {again_at: play(directory / str(again_at), scene, steps // 2, again_at)[1] for again_at in range(1, TAKE_OVER_STEPS)}
+    assert {again_at: found for again_at, found in wrong.items() if found} == {}

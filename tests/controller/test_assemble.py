@@ -136,6 +136,8 @@ def test_nobody_asking_is_known_to_be_no_demand():
 def test_nonsense_of_a_worker_says_nothing():
     (state,) = build([member("d0")], [load("d0", power_w=math.nan, step_s=math.inf)]).replicas
     assert (state.load.power_w, state.load.step_s, state.load_age_s) == (0.0, 0.0, 0.1)
+    (state,) = build([member("d0")], [load("d0", power_w=1e300)]).replicas
+    assert state.load.power_w == 0.0
 
 
 def test_slow_steps_are_believed_bit_by_bit():

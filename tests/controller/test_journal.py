@@ -128,6 +128,15 @@ def start(name: str) -> StartReplica:
     return StartReplica(replica_id=name, group="m/mixed/p", node="n1", reason=Reason(text="because"))
 
 
+def test_whatever_the_database_refuses_is_told_as_the_disks_error(tmp_path: Path):
+    journal = Journal(tmp_path / "j")
+    journal.write(acting(1))
+    with pytest.raises(OSError, match="UNIQUE"):
+        journal.write(acting(1))
+    journal.write(acting(2))
+    assert journal.last() == acting(2)
+
+
 def test_last_pass_that_touched_a_replica_its_group_or_its_role_is_found(tmp_path: Path):
     journal = Journal(tmp_path / "j")
     drain = DrainReplica(replica_id="mixed-p-0", deadline_s=NOW_S, reason=Reason(text="because"))

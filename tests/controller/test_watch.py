@@ -5,7 +5,7 @@ import pytest
 from cluster.errors import Fenced
 from cluster.replica import Load, Phase
 from controller.observe.machines import Machines
-from controller.observe.watch import FORGET_LOST_S, SILENCE_S, Watch
+from controller.observe.watch import ENDED_S, FORGET_LOST_S, SILENCE_S, Watch
 from controller.registry import Registry
 from tests.controller.test_machines import Clock
 from tests.controller.test_registry import replica
@@ -76,12 +76,16 @@ def test_a_worker_that_was_given_up_is_fenced_until_that_is_forgotten(world: Wor
 
 
 def test_a_process_that_ray_knows_to_have_ended_is_not_waited_for(world: World):
-    world.clock.now_s += 1.0
-    world.report("w0", "w1", "w2")
+    world.pass_s(1, "w0", "w1", "w2")
     world.watch.told_running(frozenset({"w0", "w1"}), world.clock.now_s)
-    (loss,) = world.watch.sweep()
-    assert (loss.worker_id, loss.node, loss.why) == ("w2", "b", "its process has ended")
+    assert world.pass_s(ENDED_S, "w0", "w1") == ["w2"]
     assert "b" in world.machines.alive()
+
+
+def test_a_list_without_anybody_gives_nobody_up_who_is_heard(world: World):
+    world.pass_s(1, "w0", "w1", "w2")
+    world.watch.told_running(frozenset(), world.clock.now_s)
+    assert world.pass_s(SILENCE_S, "w0", "w1", "w2") == []
 
 
 def test_a_list_that_is_older_than_a_worker_says_nothing_of_it(world: World):
@@ -106,8 +110,9 @@ def test_an_engine_that_ended_in_a_living_worker_is_lost_with_it(world: World):
 
 
 def test_nonsense_is_dropped_and_counted(world: World):
-    world.watch.heard("w0", Report(loads=(load("of-w2"), load("unknown"), load("of-w0", running=-1))))
-    assert world.watch.nonsense == 3
+    mad = (load("of-w2"), load("unknown"), load("of-w0", running=-1), load("of-w0", kv_tokens=2**63))
+    world.watch.heard("w0", Report(loads=mad))
+    assert world.watch.nonsense == len(mad)
     assert world.watch.heard_loads == {}
 
 

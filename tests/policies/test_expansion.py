@@ -78,7 +78,15 @@ def test_group_whose_starts_fail_five_times_waits():
     failures = tuple(FailedStart(group=OF.name, node=f"n{number}", at_s=NOW_S - 60.0 * number) for number in range(5))
     actions, dropped = expand(cluster([OF], replicas=(), failed_starts=failures), 2)
     assert actions == ()
-    assert dropped[0].why == "2 of 2 not started: 5 starts failed within 600 s"
+    assert dropped[0].why == "2 of 2 not started: starts failed 5 times within 600 s"
+
+
+def test_many_starts_that_fail_with_one_node_are_one_failure():
+    failures = tuple(FailedStart(group=OF.name, node="n0", at_s=NOW_S - 20.0 + number) for number in range(9))
+    snapshot = cluster([OF], replicas=(), failed_starts=failures)
+    assert len(expand(snapshot, 2)[0]) == 2
+    assert Expansion().avoided(snapshot) == {"n0"}
+    assert Expansion().avoided(msgspec.structs.replace(snapshot, now_s=NOW_S + 11.0)) == frozenset()
 
 
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 20))

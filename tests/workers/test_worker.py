@@ -441,6 +441,34 @@ async def test_a_change_of_role_at_its_bound_hands_requests_back_whose_kv_is_on_
     assert (last.finish, last.retry) == ("error", True)
 
 
+async def test_a_replica_that_is_drained_while_it_changes_its_role_leaves_and_takes_nothing_new(fleet):
+    worker = await fleet.worker("w", Role.DECODE, Role.DECODE, pace=SLOW)
+    link = await fleet.link("decode-w-0")
+    link.submit(tokens=40)
+    await link.next(Tokens)
+    replica, phases = worker._replicas["decode-w-0"], []
+    worker.change_role("decode-w-0", plan_of(worker, "x", Role.MIXED).group, within_s=0.2, epoch=1)
+    await asyncio.sleep(0.05)
+    worker.drain_replica("decode-w-0", within_s=PATIENCE_S, epoch=1)
+    while "decode-w-0" in worker._replicas:
+        phases.append(replica.phase)
+        await asyncio.sleep(0.01)
+    assert (await link.finished())[-1].finish == "length"
+    assert Phase.READY not in phases
+
+
+async def test_a_replica_that_cannot_take_its_role_says_that_it_is_lost(fleet):
+    worker = await fleet.worker("w", Role.DECODE)
+    link = await fleet.link("decode-w-0")
+
+    def broken() -> None:
+        raise MemoryError("no room for the batch")
+
+    worker._replicas["decode-w-0"].engine.warm = broken
+    worker.change_role("decode-w-0", plan_of(worker, "x", Role.PREFILL).group, within_s=0.0, epoch=1)
+    await link.next(Report, lambda report: report.loads[0].phase is Phase.LOST)
+
+
 async def test_orders_of_an_epoch_that_is_over_are_refused(fleet):
     worker = await fleet.worker("w", Role.DECODE)
     worker.host(plan_of(worker, "decode-w-0", Role.DECODE), epoch=3)
