@@ -1,10 +1,10 @@
 """What a pass of the controller costs: `python -m benchmarks.control_pass [--replicas 1000] [--json]`.
 
-Observe from reports, decide, write the journal, act on fakes; at 100, 1,000 and 10,000 replicas. Real are the controller's loop, the
-snapshot's assembling, the window of counters, the default pipeline and the journal on disk. Made up are the membership table, load
-reports that all change from pass to pass, four gateways' counters of two models every second, and hands that start and end
-replicas in a table. Demand swells and ebbs by a fifth within four minutes, so that passes act. Time passes a second a pass; what
-fakes the world is not timed, nor is taking reports off the wire, which happens between passes.
+Observe from reports, decide, write the journal, act on fakes; at 100, 1,000 and 10,000 replicas. Real are the controller's loop,
+the snapshot's assembling, the window of counters, the default pipeline and the journal on disk. Made up are the membership table,
+load reports that all change from pass to pass, the counters of four gateways and two models each second, and hands that start and
+end replicas in a table. Demand swells and ebbs by a fifth within four minutes, so that passes act. A pass is a second of the
+world's time; what makes the world up is not timed, nor is taking reports off the wire, which happens between passes.
 """
 
 from __future__ import annotations
@@ -264,23 +264,24 @@ class World:
         for model, mean_rps in self._rates.items():
             rate_rps = mean_rps / GATEWAYS * (1.0 + SWELL * math.sin(self.now_s / SWELL_S * 2 * math.pi))
             count = float(self._noise.poisson(rate_rps))
-            lengths = {
-                "mobula_arrivals_total": 1,
-                "mobula_arrived_prompt_tokens_total": PROMPT_TOKENS,
-                "mobula_arrived_prompt_tokens_squared_total": PROMPT_TOKENS**2 + PROMPT_SD**2,
-                "mobula_cached_tokens_total": CACHED_SHARE * PROMPT_TOKENS,
+            spread = max(0.0, float(self._noise.normal(1.0, PROMPT_SD / PROMPT_TOKENS / math.sqrt(count + 1))))
+            rises = {
+                "mobula_arrivals_total": count,
+                "mobula_arrived_prompt_tokens_total": round(count * PROMPT_TOKENS * spread),
+                "mobula_arrived_prompt_tokens_squared_total": round(count * (PROMPT_TOKENS**2 + PROMPT_SD**2) * spread * spread),
+                "mobula_cached_tokens_total": round(count * CACHED_SHARE * PROMPT_TOKENS * spread * spread),
             }
             labels = (("instance", instance), ("model", model))
-            for name, each in lengths.items():
-                yield self._risen(name, labels, count * each)
+            for name, by in rises.items():
+                yield self._risen(name, labels, by)
             for tenant in ("a", "b", "c"):
                 told = (*labels, ("tenant", tenant))
                 yield self._risen("mobula_requests_total", (*labels, ("outcome", "stop"), ("tenant", tenant)), count / 3)
-                yield self._risen("mobula_prompt_tokens_total", (("key", tenant), *told), count / 3 * PROMPT_TOKENS)
-                yield self._risen("mobula_output_tokens_total", (("key", tenant), *told), count / 3 * OUTPUT_TOKENS)
+                yield self._risen("mobula_prompt_tokens_total", (("key", tenant), *told), round(count / 3 * PROMPT_TOKENS * spread))
+                yield self._risen("mobula_output_tokens_total", (("key", tenant), *told), round(count / 3 * OUTPUT_TOKENS * spread))
             for name, mean_s in ((TTFT, 0.3), (TPOT, 0.02)):
                 for bound_s in (*LATENCY_BUCKETS_S, math.inf):
-                    within = count * (1.0 - math.exp(-bound_s / mean_s))
+                    within = round(count * (1.0 - math.exp(-bound_s / mean_s / spread)))
                     bound = "+Inf" if math.isinf(bound_s) else str(bound_s)
                     yield self._risen(name, (("instance", instance), ("le", bound), ("model", model)), within)
             yield Sample(QUEUED, labels, 0.0)
@@ -372,22 +373,14 @@ def _progress(text: str) -> None:
 
 def _print(measured: Mapping[int, Passes], found: Mapping[str, float]) -> None:
     table = Table(title="One pass of the controller, ms")
-    columns = ("replicas", "P50", "P99", "at most", "observe", "decide", "journal", "actions", "journal MB/day")
-    for column in columns:
+    for column in ("replicas", "P50", "at most", "P99", "observe", "decide", "journal", "actions", "MB/day"):
         table.add_column(column, justify="right")
     for size, passes in measured.items():
-        parts = [f"{found[f'{part}_ms_{size}']:.1f}" for part in ("observe", "decide", "journal")]
         bar = f"{BARS_MS[size]:.0f}" if size in BARS_MS else ""
+        names = ("pass_p99", "observe", "decide", "journal")
+        p99, *parts = (f"{found[f'{name}_ms_{size}']:.1f}" for name in names)
         mb = f"{found[f'journal_mb_per_day_{size}']:,.0f}"
-        table.add_row(
-            f"{size:,}",
-            f"{found[f'pass_ms_{size}']:.1f}",
-            f"{found[f'pass_p99_ms_{size}']:.1f}",
-            bar,
-            *parts,
-            f"{passes.actions:,}",
-            mb,
-        )
+        table.add_row(f"{size:,}", f"{found[f'pass_ms_{size}']:.1f}", bar, p99, *parts, f"{passes.actions:,}", mb)
     Console().print(table)
 
 

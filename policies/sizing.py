@@ -21,6 +21,7 @@ from policies.flow import Flow
 
 MAX_REPLICAS = 10_000
 FLOOR_SHARE = 0.8
+NEGLIGIBLE = 1e-17  # Of a sum in double precision.
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -111,11 +112,20 @@ def measured(group: Group) -> PerformanceModel:
 
 
 def erlang_c(servers: int, offered: float) -> float:
-    """Probability of waiting in M/M/n, for an offered load below `servers` (Erlang, 1917), by the recursion of Erlang's B."""
-    blocked = 1.0
-    for server in range(1, servers + 1):
-        blocked = offered * blocked / (server + offered * blocked)
-    return servers * blocked / (servers - offered * (1.0 - blocked))
+    """Probability of waiting in M/M/n, for an offered load in [0, servers) (Erlang, 1917).
+
+    By the reciprocal of Erlang's B, the sum of n! / k! / offered^(n - k) from k = n down: its terms die out long before k = 0.
+    """
+    if offered <= 0.0:
+        return 0.0
+    term = ways = 1.0
+    for server in range(servers, 0, -1):
+        term *= server / offered
+        ways += term
+        if term < ways * NEGLIGIBLE:
+            break
+    busy = offered / servers
+    return 1.0 / (ways * (1.0 - busy) + busy)
 
 
 def _first_token_fits(group: Group, flow: Flow, slo: Slo, bounds: Bounds, replicas: int, decode_step_s: float) -> Fit:

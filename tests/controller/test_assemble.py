@@ -2,10 +2,12 @@
 
 import math
 
+import msgspec
 import pytest
 
 from cluster.fleet import Fleet, ModelSpec, NodeSpec, ReplicaGroup
 from cluster.node import Market
+from cluster.performance import PerformanceModel
 from cluster.replica import Load, Phase, Replica, Role
 from cluster.slo import Slo
 from controller.memory import GroupMemory, Memory
@@ -146,6 +148,13 @@ def test_slow_steps_are_believed_bit_by_bit():
     memory = Memory(groups={"m/decode/p": GroupMemory(wanted=2, slowdown=decode.slowdown)})
     assert build([member("d0")], slow, memory=memory).groups[0].slowdown == pytest.approx(1.19, abs=0.001)
     assert build([member("d0")], [load("d0", step_s=2 * predicted_s, waiting=3)]).groups[0].slowdown == 1.0
+
+
+def test_replica_that_has_not_measured_itself_is_not_believed_to_be_infinitely_fast():
+    unmeasured = msgspec.structs.replace(member("d0"), performance=PerformanceModel(step_s=0.0, prefill_token_s=0.0))
+    (decode, _) = build([unmeasured], [load("d0", step_s=0.01)]).groups
+    assert (decode.performance, decode.slowdown) == (None, 1.0)
+    assert build([unmeasured, member("d1")]).groups[0].performance == H100_8B
 
 
 def test_nodes_are_the_configs_and_the_dead_are_told():

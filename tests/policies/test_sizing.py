@@ -36,6 +36,15 @@ def test_erlang_c_is_the_tabled_probability():
     assert erlang_c(10, 8.0) == pytest.approx(0.4092, abs=1e-4)
 
 
+@given(st.integers(1, 400), st.floats(0.0, 0.999))
+def test_erlang_c_is_what_the_recursion_by_servers_gives(servers, busy):
+    offered, blocked = busy * servers, 1.0
+    for server in range(1, servers + 1):
+        blocked = offered * blocked / (server + offered * blocked)
+    by_recursion = servers * blocked / (servers - offered * (1.0 - blocked))
+    assert erlang_c(servers, offered) == pytest.approx(by_recursion, rel=1e-9, abs=1e-290)
+
+
 def test_nothing_needs_nobody():
     assert prefills(flow(0.0)) == decodes(flow(0.0)) == decodes(flow(0.0), prefilling=True) == 0
 
