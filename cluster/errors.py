@@ -11,6 +11,7 @@ MobulaError
     ├── InvalidConfig       an operator's file or flag is out of bounds
     ├── InvalidModel        a checkpoint is missing, truncated or of an unsupported kind
     ├── InvalidTrace        a trace file's line does not parse
+    ├── Fenced              an order or a worker whose time is over: another has taken its place
     ├── ProtocolMismatch    a peer speaks another version, or sent a broken message
     └── NotAllowed          a key or a shared secret is missing or wrong
 
@@ -73,6 +74,10 @@ class InvalidModel(Permanent):
 
 class InvalidTrace(Permanent):
     """A trace file's line does not parse."""
+
+
+class Fenced(Permanent):
+    """An order or a worker whose time is over: another has taken its place."""
 
 
 class ProtocolMismatch(Permanent):

@@ -19,7 +19,7 @@ from cluster.kv import KvNamespace, block_hashes
 from cluster.replica import Membership, Phase, Replica
 from cluster.slo import Slo
 from gateway.generation import Generation
-from gateway.links import WorkerLinks
+from transports.links import WorkerLinks
 from gateway.metrics import GatewayMetrics
 from gateway.request_log import RequestLog
 from policies.admission import AdmissionQueue, Admitted, Entry, Queued, Refused

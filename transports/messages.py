@@ -12,6 +12,9 @@ from cluster.request import Request
 PROTOCOL_VERSION = 1
 
 MAX_MESSAGE_BYTES = 32 * 2**20  # A million-token prompt is 5 MB; anything near this is a mistake or an attack.
+WATCHER = "watcher:"
+"""A peer whose id begins so asks for nothing but load reports, one a second: the controller. The epoch follows."""
+
 KV_FRAME_BYTES = 2**20  # Large enough to amortise a message, small enough to interleave.
 
 

@@ -15,7 +15,7 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from cluster.errors import InvalidRequest, MobulaError, Temporary
+from cluster.errors import InvalidRequest, MobulaError, Temporary, Unreachable
 from cluster.handoff import RequestState, Token
 from cluster.kv import KvLayout
 from transports.messages import KvChunk, KvDone, PrefillSource, PullKv, Submit
@@ -34,6 +34,7 @@ class DecodeRole:
         self._pull = pull
         self._emit = emit
         self._pulls: dict[tuple[str, int], asyncio.Task[KvDone]] = {}
+        self._abandoned: str | None = None
         self.transfers = 0
         self.transfers_recomputed = 0
         self.transfer_bytes = 0
@@ -67,6 +68,13 @@ class DecodeRole:
         else:
             task.cancel()
 
+    def abandon(self, error: str) -> None:
+        """End what is being pulled with that error and `retry`, and the engine's requests. Nothing may be submitted afterwards."""
+        self._abandoned = error
+        for task in self._pulls.values():
+            task.cancel()
+        self._engine.abandon(error)
+
     def _begin_pull(self, submission: Submission, source: PrefillSource, layout: KvLayout, reservation: KvImport) -> None:
         pull = PullKv(
             replica_id=source.replica_id,
@@ -96,6 +104,9 @@ class DecodeRole:
         """Nothing writes to the reservation any more: commit it, or give it back and do the next best thing."""
         del self._pulls[submission.request.request_id, submission.attempt]
         try:
+            if task.cancelled() and self._abandoned is not None:
+                self._refuse(submission, Unreachable(self._abandoned))
+                return
             if task.cancelled():
                 self._emit(_last(submission, "abort"))
                 return

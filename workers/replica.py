@@ -7,21 +7,28 @@ steps it holds, so the queue is no longer than the loop is late; a loop 5 s late
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
+import msgspec
+
 from cluster.errors import InvalidRequest
+from cluster.fleet import NodeSpec, ReplicaGroup
 from cluster.handoff import Token
 from cluster.kv import KvEvent
 from cluster.placement import ReplicaPlan
-from cluster.replica import Load, Phase, Replica
+from cluster.replica import Load, Phase, Replica, Role
 from transports.messages import BlockEvents, Submit, Tokens
 from transports.transport import Outbox
 from workers.decode import DecodeRole, Pull
 from workers.engines.engine import Engine, StepOutput
 from workers.prefill import PrefillRole
 
+DRY_POLL_S = 0.05
+STALL_S = 30.0  # An engine with work that makes no step for so long hangs: the largest step of a slow machine takes seconds.
 MAX_EVENTS_PER_MESSAGE = 1024  # A resync of a large cache goes in pieces well below the largest message.
 
 
@@ -29,13 +36,11 @@ class HostedReplica:
     """All but `_sink` runs on the loop's thread."""
 
     def __init__(self, plan: ReplicaPlan, engine: Engine, pull: Pull) -> None:
-        role = plan.group.role
         self.plan = plan
         self.engine = engine
         self.phase = Phase.STARTING
         self.ready_since_s: float | None = None
-        self.prefill = PrefillRole(engine) if role.prefills_for_others else None
-        self.decode = DecodeRole(engine, pull, self._say) if role.decodes else None
+        self._pull = pull
         self._outboxes: dict[str, Outbox] = {}
         self._sequences: dict[str, int] = {}
         self._owners: dict[tuple[str, int], str] = {}
@@ -44,6 +49,13 @@ class HostedReplica:
         """A flush is asked for and has not begun."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reports = 0
+        self._steps = 0
+        self._stepped_s = 0.0
+        self._put_on(plan.group.role)
+
+    def _put_on(self, role: Role) -> None:
+        self.prefill = PrefillRole(self.engine) if role.prefills_for_others else None
+        self.decode = DecodeRole(self.engine, self._pull, self._say) if role.decodes else None
 
     @property
     def replica_id(self) -> str:
@@ -67,6 +79,30 @@ class HostedReplica:
 
     def become_ready(self) -> None:
         self.phase, self.ready_since_s = Phase.READY, time.time()
+
+    async def run_dry(self, bound_s: float) -> None:
+        """Returns when nothing needs this replica any more, or at the bound."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(bound_s):
+                while self.busy:  # noqa: ASYNC110 - engines' threads end leases, too.
+                    await asyncio.sleep(DRY_POLL_S)
+
+    async def take_role(self, group: ReplicaGroup, bound_s: float) -> None:
+        """Finish what the old role has, at the bound hand it back to be served elsewhere; then serve in the new one, weights kept."""
+        self.plan = msgspec.structs.replace(self.plan, group=group)
+        self.phase = Phase.WARMING
+        await self.run_dry(bound_s)
+        self._abandon(f"{self.replica_id} becomes {group.role.value}")
+        await asyncio.to_thread(self.engine.warm)
+        self._flush()  # The old role's last words.
+        self._put_on(group.role)
+        self.become_ready()
+
+    def _abandon(self, error: str) -> None:
+        if self.decode is not None:
+            self.decode.abandon(error)
+        else:
+            self.engine.abandon(error)
 
     # Gateways
 
@@ -160,7 +196,9 @@ class HostedReplica:
 
     def report(self, now_s: float) -> Load:
         load = self.engine.load()
-        if self.phase is Phase.READY and not self.engine.alive:
+        if load.steps != self._steps or not (load.running or load.waiting):
+            self._steps, self._stepped_s = load.steps, now_s
+        if self.phase is Phase.READY and (not self.engine.alive or now_s - self._stepped_s > STALL_S):
             self.phase = Phase.LOST
         self._reports += 1
         return Load(
@@ -178,20 +216,22 @@ class HostedReplica:
             overrun_share=load.overrun_steps / load.steps if load.steps else 0.0,
         )
 
-    def row(self, worker_id: str, node: str, endpoint: str, host_id: str, accelerator: str) -> Replica:
+    def row(self, worker_id: str, node: NodeSpec, endpoint: str, metrics_endpoint: str, host_id: str) -> Replica:
         """This replica in the membership table."""
         group, limits = self.plan.group, self.engine.limits
         return Replica(
             replica_id=self.replica_id,
             worker_id=worker_id,
-            node=node,
+            node=node.name,
             endpoint=endpoint,
+            metrics_endpoint=metrics_endpoint,
+            pid=os.getpid(),
             role=group.role,
             phase=self.phase,
             model=self.plan.model.name,
             revision=self.plan.model.revision,
             engine=group.engine,
-            accelerator=accelerator,
+            accelerator=group.pace.accelerator if group.pace else node.accelerator,
             host_id=host_id,
             performance=self.engine.performance,
             layout=self.engine.layout,

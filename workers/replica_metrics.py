@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -16,20 +16,34 @@ from workers.replica import HostedReplica
 class ReplicaMetrics(Collector):
     """Yields nothing itself: registered first, it brings the table's collectors up to date before they are read."""
 
-    def __init__(self, replicas: Iterable[HostedReplica]) -> None:
+    def __init__(self, replicas: Mapping[str, HostedReplica]) -> None:
+        """replicas: by id; they may come, go and change their role."""
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        self._replicas = tuple(replicas)
+        self._replicas = replicas
         self._told: defaultdict[tuple[str, ...], float] = defaultdict(float)
+        self._shown: dict[str, str] = {}
         self._collectors: Mapping[str, Any] = exporter(REPLICA_METRICS, self.registry)
 
     def describe(self) -> list[Any]:
         return []
 
     def collect(self) -> list[Any]:
-        for replica in self._replicas:
+        present = dict(self._replicas)
+        for name, role in list(self._shown.items()):
+            if name not in present or present[name].plan.group.role.value != role:
+                self._forget(name, role)
+        for name, replica in present.items():
+            self._shown[name] = replica.plan.group.role.value
             self._refresh(replica)
         return []
+
+    def _forget(self, name: str, role: str) -> None:
+        """What left, or plays another role now, is not shown as it was."""
+        del self._shown[name]
+        for collector in self._collectors.values():
+            collector.remove_by_labels({"replica": name, "role": role})
+        self._told = defaultdict(float, {key: total for key, total in self._told.items() if key[1] != name})
 
     def _refresh(self, replica: HostedReplica) -> None:
         load, limits, decode = replica.engine.load(), replica.engine.limits, replica.decode

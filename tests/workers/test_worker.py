@@ -28,18 +28,24 @@ class FakeRegistry:
         self.rows: dict[str, Replica] = {}
         self.phases: dict[str, Phase] = {}
         self.registered = asyncio.Event()
+        self.failures: asyncio.Queue[tuple[str, str, bool]] = asyncio.Queue()
+        self.fenced = False
+        self.epoch = 1
 
     async def register(self, replicas):
+        if self.fenced:
+            raise Fenced("replaced")
         self.registered.set()
+        await self.deregister(replicas[0].worker_id)
         self.rows |= {replica.replica_id: replica for replica in replicas}
         self.phases |= {replica.replica_id: replica.phase for replica in replicas}
-
-    async def heartbeat(self, worker_id, phases):
-        self.phases |= phases
-        return any(row.worker_id == worker_id for row in self.rows.values())
+        return self.epoch
 
     async def deregister(self, worker_id):
         self.rows = {name: row for name, row in self.rows.items() if row.worker_id != worker_id}
+
+    async def failed(self, replica_id, error, *, permanent):
+        self.failures.put_nowait((replica_id, error, permanent))
 
 
 class Fleet:

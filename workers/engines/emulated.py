@@ -97,6 +97,7 @@ class EmulatedEngine:
         self._stopped = False
         self._sink: Sink = _nobody
         self._step_s = 0.0
+        self._slowness = 1.0
         self._steps = self._overruns = self._prompt_tokens = self._cached_tokens = self._output_tokens = self._preemptions = 0
 
     @property
@@ -151,6 +152,15 @@ class EmulatedEngine:
                 if key[0] == request_id and attempt in (None, key[1]):
                     self._fail(sequence, "aborted", finish="abort", retry=False)
         self._driver.call_at(self._driver.clock(), self._flush)
+
+    def abandon(self, error: str) -> None:
+        with self._lock:
+            for sequence in list(self._sequences.values()):
+                self._fail(sequence, error)
+        self._driver.call_at(self._driver.clock(), self._flush)
+
+    def slow(self, factor: float) -> None:
+        self._slowness = factor
 
     def load(self) -> EngineLoad:
         with self._lock:
@@ -239,7 +249,7 @@ class EmulatedEngine:
             len(decodes),
             sum([len(sequence.tokens) for sequence in decodes]),
         )
-        lasting_s = self.performance.step_time_s(*features)
+        lasting_s = self._slowness * self.performance.step_time_s(*features)
         return _Step(decodes, chunks, lasting_s, now_s + lasting_s, self.performance.power_w(*features))
 
     def _end_late(self, now_s: float) -> None:

@@ -171,6 +171,12 @@ class Engine(Protocol):
     def abort(self, request_id: str, attempt: int | None = None) -> None:
         """End a request (that attempt of it, or every one) and free its blocks. Unknown ids are ignored."""
 
+    def abandon(self, error: str) -> None:
+        """End every request with that error and `retry`, as `stop` does, and go on serving."""
+
+    def slow(self, factor: float) -> None:
+        """Have each step last `factor` >= 1 times as long from now on: a sick machine, to be tried out. 1 heals it."""
+
     def load(self) -> EngineLoad: ...
 
     def cached_blocks(self) -> tuple[KvEvent, ...]:

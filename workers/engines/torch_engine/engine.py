@@ -99,6 +99,7 @@ class TorchEngine:
         self._outbox: list[Token] = []
         self._handed_over: list[Callable[[], None]] = []
 
+        self._slowness = 1.0
         self._durations_s: deque[float] = deque(maxlen=STEP_WINDOW)
         self._power_w = self.performance.idle_w
         self._steps = self._prompt_tokens = self._output_tokens = 0
@@ -197,6 +198,12 @@ class TorchEngine:
     def abort(self, request_id: str, attempt: int | None = None) -> None:
         self._command(lambda: self._abort(request_id, attempt))
 
+    def abandon(self, error: str) -> None:
+        self._command(lambda: self._fail_all(error))
+
+    def slow(self, factor: float) -> None:
+        self._slowness = factor
+
     def load(self) -> EngineLoad:
         with self._lock:
             scheduler = self._scheduler
@@ -260,6 +267,8 @@ class TorchEngine:
             return
         if self._pacer is not None:
             self._pacer.hold(shape, began_s, self._stopped)
+        if self._slowness > 1.0:
+            self._stopped.wait((self._slowness - 1.0) * (time.monotonic() - began_s))
         now_s = time.monotonic()
         with self._lock:
             self._steps += 1
@@ -393,9 +402,12 @@ class TorchEngine:
             for command in self._commands:
                 command()
             self._commands.clear()
-            for sequence in list(self._sequences.values()):
-                self._fail(sequence, "the engine stopped")
+            self._fail_all("the engine stopped")
         self._tell()
+
+    def _fail_all(self, error: str) -> None:
+        for sequence in list(self._sequences.values()):
+            self._fail(sequence, error)
 
     def _abort(self, request_id: str, attempt: int | None) -> None:
         for key, sequence in list(self._sequences.items()):

@@ -9,8 +9,8 @@ import pytest
 
 from cluster.errors import Unreachable
 from cluster.replica import Membership
-from gateway import links
-from gateway.links import WorkerLinks
+from transports import links
+from transports.links import WorkerLinks
 from tests.gateway.fake_fleet import FakeFleet
 
 
