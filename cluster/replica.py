@@ -102,7 +102,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     kv_blocks_used: int
     """Blocks held by requests. Cached blocks nobody holds are free."""
     step_s: float = 0.0
-    """Mean duration of the latest steps; 0 before the first."""
+    """Mean duration of the latest steps that only decoded; 0 before the first. Prompts between them would pass for slowness."""
     power_w: float = 0.0
     overrun_share: float = 0.0
     """Share of paced steps that took longer than the emulated time, in [0, 1]."""

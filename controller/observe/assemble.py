@@ -199,11 +199,11 @@ def _round(figures: Sequence[float], digits: int) -> list[float]:
 
 
 def _slowdown(members: Sequence[tuple[Replica, ReplicaState]], before: float) -> float:
-    """Measured over predicted time of decode steps, the median of replicas that do nothing else: a tenth of the way there."""
+    """Measured over predicted time of decode steps, the replicas' median: a tenth of the way there."""
     ratios = []
     for replica, state in members:
         load = state.load
-        if load is not None and load.running > 0 and load.waiting == 0 and load.step_s > 0.0 < replica.performance.step_s:
+        if load is not None and load.running > 0 and load.step_s > 0.0 < replica.performance.step_s:
             ratios.append(load.step_s / replica.performance.decode_step_s(load.running, load.kv_tokens))
     if not ratios:
         return before
