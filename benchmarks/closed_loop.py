@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -24,14 +25,16 @@ from cluster.record import TraceRow
 from cluster.replica import Load, Phase, Replica, Role
 from cluster.request import Request, SamplingParams
 from cluster.slo import Slo
-from controller.memory import Memory, after, with_start
+from controller.memory import GroupMemory, Memory, after, with_start
 from controller.observe.assemble import SPAN_S, Heard, Seen, Started, assemble
 from controller.observe.window import Window
 from controller.pipelines import build
+from policies.flow import Flow
 from policies.pipeline import Pipeline
 from policies.route import Ask, Rejection
 from policies.routing import PredictedLatencyRouter
 from policies.routing_view import FleetView
+from policies.sizing import Bounds, decode_fits, smallest
 from workers.build_engine import performance_of
 from workers.engines.emulated import EmulatedEngine
 from workers.engines.engine import StepOutput, Submission
@@ -44,6 +47,8 @@ PASS_S = 1.0
 VOCABULARY = 32_000
 MODEL = "m"
 POOL = "default"
+QUEUE_TARGET = 12.0
+"""Requests in flight per replica for the queue-length rule: about what a replica of `Setting` holds where the sizing has it full."""
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,13 +56,15 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
     pace: Pace = Pace(shape="llama-3.1-70b", accelerator="a100-80g", tensor_parallel=4)
     slo: Slo = Slo(ttft_s=2.0, tpot_s=0.1)
-    prompt: Lengths = Lengths(kind="lognormal", first=500, second=0.6, low=16, high=4000)
-    output: Lengths = Lengths(kind="lognormal", first=80, second=0.6, low=4, high=400)
+    prompt: Lengths = Lengths(kind="lognormal", first=1000, second=0.6, low=16, high=6000)
+    output: Lengths = Lengths(kind="lognormal", first=80, second=0.6, low=16, high=400)
     replicas: int = 1
     """At the beginning, READY."""
     max_replicas: int = 32
     startup_s: float = 60.0
-    kv_blocks: int = 12_000
+    kv_blocks: int = 1500
+    block_tokens: int = 128
+    """Large, since nothing is shared and each block costs the emulation time."""
     max_running: int = 64
     step_budget_tokens: int = 1024
 
@@ -72,11 +79,26 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
             engine="emulated",
             pace=self.pace,
             kv_blocks=self.kv_blocks,
+            block_tokens=self.block_tokens,
             max_running=self.max_running,
             step_budget_tokens=self.step_budget_tokens,
         )
         nodes = tuple(NodeSpec(name=f"node-{number}", slots=8) for number in range(math.ceil(self.max_replicas / 8)))
         return Fleet(models=(ModelSpec(name=MODEL, path=MODEL),), nodes=nodes, replicas=(group,), slo={"default": self.slo})
+
+    def carried(self, rate_rps: float) -> int:
+        """Replicas that a steady rate needs, as the default sizing has it."""
+        memory = Memory(groups={self.group: GroupMemory(wanted=1)})
+        (group,) = assemble(self.fleet, Seen(), {}, memory, START_S).groups
+        mean, root_mean_square = (self.prompt.first * math.exp(power * self.prompt.second**2 / 2) for power in (1, 2))
+        flow = Flow(
+            rate_rps=rate_rps,
+            prompt_tokens=mean,
+            prompt_tokens_sd=math.sqrt(root_mean_square**2 - mean**2),
+            context_tokens=mean,
+            output_tokens=_mean(self.output),
+        )
+        return smallest(partial(decode_fits, group, flow, self.slo, Bounds(), prefilling=True))
 
     @property
     def group(self) -> str:
@@ -103,6 +125,7 @@ class Count(NamedTuple):
     wanted: int
     held: int
     """Those that take a place: starting, serving or draining."""
+    in_flight: int
 
 
 class Scaler(Protocol):
@@ -149,6 +172,7 @@ class QueueRule:
         self._target = target
         self._due_s = -math.inf
         self._wishes: deque[tuple[float, int]] = deque()
+        """What was found right, and when; at first what there was."""
         self._next = 1000
 
     async def decide(self, loop: ClosedLoop) -> Sequence[Action]:
@@ -168,6 +192,8 @@ class QueueRule:
         """It does not look at that."""
 
     def _wanted(self, now_s: float, in_flight: int, current: int, most: int) -> int:
+        if not self._wishes:
+            self._wishes.append((now_s, current))
         off = abs(in_flight / (current * self._target) - 1.0)
         wish = current if off <= self.tolerance else max(1, math.ceil(in_flight / self._target))
         self._wishes.append((now_s, wish))
@@ -247,7 +273,7 @@ class ClosedLoop:
             for action in await self._scaler.decide(self):
                 self._apply(action)
             held = len(self._serving) + len(self._started)
-            self.counts.append(Count(self.now_s - START_S, self.wanted, held))
+            self.counts.append(Count(round(self.now_s - START_S, 3), self.wanted, held, self.in_flight))
 
     # ── replicas ──
 
@@ -287,6 +313,7 @@ class ClosedLoop:
             model=MODEL,
             performance=self._performance,
             kv_blocks=setting.kv_blocks,
+            block_tokens=setting.block_tokens,
             context_tokens=8192,
             vocabulary=VOCABULARY,
             driver=self._driver,
@@ -306,6 +333,7 @@ class ClosedLoop:
             engine="emulated",
             performance=self._performance,
             kv_blocks=limits.kv_blocks,
+            block_tokens=limits.block_tokens,
             context_tokens=limits.context_tokens,
             max_running=limits.max_running,
             step_budget_tokens=limits.step_budget_tokens,
