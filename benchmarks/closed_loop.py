@@ -48,7 +48,7 @@ VOCABULARY = 32_000
 MODEL = "m"
 POOL = "default"
 QUEUE_TARGET = 12.0
-"""Requests in flight per replica for the queue-length rule: about what a replica of `Setting` holds where the sizing has it full."""
+"""Requests in flight per replica for the queue-length rule: what a replica of `Setting` holds where the sizing has it full."""
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 Arrivals are counts, so a window of `n` of them has a standard deviation of sqrt(D n), D being their index of dispersion (1 for
 Poisson; Cox and Lewis, "The Statistical Analysis of Series of Events", 1966). A rise is believed as far as the lower bound of some
-window shows it: a big one after seconds, a small one after a minute. A fall is believed as far as every upper bound does.
+window shows it: a big one after seconds, a small one after minutes. A fall is believed as far as every upper bound does.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ EMPTY = Flow(rate_rps=0.0, prompt_tokens=0.0, prompt_tokens_sd=0.0, context_toke
 class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long is looked back, and how sure one must be."""
 
-    rise_s: tuple[float, ...] = (5.0, 15.0, 60.0)
-    """Windows in which a rise may show. The last one's mean is believed as it is."""
+    rise_s: tuple[float, ...] = (5.0, 15.0, 60.0, 180.0)
+    """Windows in which a rise may show. The last one's mean is believed as it is: of a hundred requests or more, whose count swings
+    by less than the utilisation bound leaves free."""
     fall_s: float = 180.0
     """A fall is believed when no minute within it was busier. Longer than most lulls of a minute-scale burst (Azure 2023)."""
-    sigmas: float = 2.0
-    """Standard deviations of a count, one-sided 97.7 %."""
+    fall_part_s: float = 60.0
+    sigmas: float = 3.0
+    """Standard deviations of a count, one-sided 99.9 %: looked at each second, two would be passed by chance some times an hour."""
 
 
 def mix(buckets: Sequence[Demand], rate_rps: float, dispersion: float) -> Flow:
@@ -74,25 +76,23 @@ def risen(workload: Workload, window: Window, ahead_s: float = 0.0) -> Flow:
     """The flow to have capacity for now: never below what a lower bound shows, with its trend carried `ahead_s` seconds on."""
     dispersion = index_of_dispersion(workload.buckets)
     longest = _last(workload, window.rise_s[-1])
-    rate_rps = mean_rps = _requests(longest) / (len(longest) * workload.bucket_s) if longest else 0.0
+    rate_rps = _requests(longest) / (len(longest) * workload.bucket_s) if longest else 0.0
     for span_s in window.rise_s[:-1]:
         last = _last(workload, span_s)
         count = _requests(last)
         if last:
             rate_rps = max(rate_rps, (count - window.sigmas * math.sqrt(dispersion * count)) / (len(last) * workload.bucket_s))
-    growth = _growth(longest, workload.bucket_s, dispersion, window.sigmas)
-    centre_s = len(longest) * workload.bucket_s / 2
-    return mix(longest, max(rate_rps, mean_rps + growth * (centre_s + ahead_s)), dispersion)
+    return mix(longest, max(rate_rps, _trend(longest, workload.bucket_s, dispersion, window.sigmas, ahead_s)), dispersion)
 
 
 def fallen(workload: Workload, window: Window) -> Flow:
-    """The flow below which demand has surely stayed: the busiest minute's upper bound within `fall_s`.
+    """The flow below which demand has surely stayed: the upper bound of the busiest `fall_part_s` within `fall_s`.
 
     Of a past that is shorter than that (see `reaches_back`) it says nothing about the rest.
     """
     dispersion = index_of_dispersion(workload.buckets)
     last = _last(workload, window.fall_s)
-    length = max(1, round(window.rise_s[-1] / workload.bucket_s))
+    length = max(1, round(window.fall_part_s / workload.bucket_s))
     sums = list(itertools.accumulate((bucket.requests for bucket in last), initial=0.0))
     count = max((late - early for early, late in zip(sums, sums[length:], strict=False)), default=sums[-1])
     rate_rps = (count + window.sigmas * math.sqrt(dispersion * count)) / (length * workload.bucket_s)
@@ -117,6 +117,16 @@ def index_of_dispersion(buckets: Sequence[Demand]) -> float:
     squares = sorted((later - earlier) ** 2 for earlier, later in itertools.pairwise(counts))
     kept = squares[: len(squares) - len(squares) // 10]
     return max(1.0, sum(kept) / (2 * len(squares) * LOWER_TENTHS) / mean)
+
+
+def _trend(buckets: Sequence[Demand], bucket_s: float, dispersion: float, sigmas: float, ahead_s: float) -> float:
+    """Requests/s in `ahead_s` if they go on to grow; 0 unless they surely grew in both halves, as no step does."""
+    half = len(buckets) // 2
+    halves = buckets[len(buckets) - 2 * half : len(buckets) - half], buckets[len(buckets) - half :]
+    if min(_growth(part, bucket_s, dispersion, sigmas) for part in halves) <= 0.0:
+        return 0.0
+    span_s = len(buckets) * bucket_s
+    return _requests(buckets) / span_s + _growth(buckets, bucket_s, dispersion, sigmas) * (span_s / 2 + ahead_s)
 
 
 def _growth(buckets: Sequence[Demand], bucket_s: float, dispersion: float, sigmas: float) -> float:

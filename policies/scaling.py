@@ -71,7 +71,8 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         down = fallen(workload, self.window).times(share * self.down_margin)
         carries_rise = fits_of(snapshot, group, up, workload.slo, self.bounds)
         carries_rest = fits_of(snapshot, group, down, workload.slo, self.bounds)
-        needed, enough = smallest(carries_rise), smallest(carries_rest)
+        needed = smallest(carries_rise)
+        enough = max(needed, smallest(carries_rest))
         numbers = {
             "rate_rps": up.rate_rps,
             "bound_rate_rps": down.rate_rps,

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,3 +105,16 @@ def test_smallest_is_the_smallest(one, slo):
     fits = partial(prefill_fits, PREFILL, one, slo, BOUNDS)
     count = smallest(fits)
     assert count == 0 or not fits(count - 1).holds
+
+
+def test_prompts_that_come_in_between_are_kept_from_stretching_answers():
+    beside = Slo(tpot_s=0.03)
+    assert decodes(flow(300.0), beside, prefilling=True) > decodes(flow(300.0), beside)
+    uneven = msgspec.structs.replace(flow(300.0), dispersion=9.0)
+    assert decodes(uneven, beside, prefilling=True) > decodes(flow(300.0), beside, prefilling=True)
+
+
+def test_flow_whose_answers_are_not_known_yet_is_sized_by_its_prompts():
+    unknown = flow(30.0, output=0.0)
+    assert decodes(unknown, prefilling=True) >= 1
+    assert decodes(unknown) <= 1
