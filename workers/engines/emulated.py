@@ -33,7 +33,7 @@ from workers.engines.step_driver import Driver
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 1024  # Far beyond what a gateway queues for one replica; a guard against a caller that does not look.
-SMOOTHING = 1 / 16  # Weight of the newest step in the mean time of those without prompts.
+SMOOTHING = 1 / 16  # Weight of the newest step in the mean step time.
 
 
 class EmulatedEngine:
@@ -304,9 +304,8 @@ class EmulatedEngine:
 
     def _complete(self, step: _Step, now_s: float) -> None:
         self._steps += 1
-        if not step.chunks:
-            weight = SMOOTHING if self._step_s else 1.0
-            self._step_s += weight * (step.lasting_s - self._step_s)
+        weight = SMOOTHING if self._step_s else 1.0
+        self._step_s += weight * (step.lasting_s - self._step_s)
         block_tokens = self._pool.block_tokens
         for sequence in step.decodes:
             if not sequence.removed:

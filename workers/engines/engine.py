@@ -76,7 +76,6 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks_used: int
     kv_blocks_cached: int
     step_s: float
-    """Mean of the latest steps that computed no prompt."""
     power_w: float
     steps: int
     overrun_steps: int

@@ -38,7 +38,7 @@ from workers.engines.torch_engine.sequence import Sequence
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 1024  # Requests; a gateway that has more to send should look for another replica.
-STEP_WINDOW = 32  # Steps without prompts over which `step_s` is averaged: a second or so of decoding.
+STEP_WINDOW = 32  # Steps over which `step_s` is averaged: a second or so of decoding.
 STOP_WAIT_S = 30.0  # Longer than any step; a thread that does not end by then is left behind as a daemon.
 WARM_CONTEXTS = (64, 256)
 WARM_BATCHES = (1, 4, 16)
@@ -273,8 +273,7 @@ class TorchEngine:
         with self._lock:
             self._steps += 1
             self._prompt_tokens += sum(work.count for work in works if not work.sequence.decoding)
-            if not shape.prefill_tokens:
-                self._durations_s.append(now_s - began_s)
+            self._durations_s.append(now_s - began_s)
             self._power_w = self.performance.power_w(*shape)
             self._settle(works, drawn, now_s)
 
