@@ -19,7 +19,22 @@ import msgspec
 from cluster.actions import Action, DrainReplica, Reason, StartReplica
 from cluster.fleet import Fleet, GatewaySpec, ModelSpec, NodeSpec, Pace, PipelineSpec, ReplicaGroup
 from cluster.handoff import Token
-from cluster.metrics import DEMAND_NAMES, IN_FLIGHT, LATENCY_BUCKETS_S, QUEUED, TPOT, TTFT, Sample
+from cluster.metrics import (
+    ARRIVALS,
+    ARRIVED_TOKENS,
+    ARRIVED_TOKENS_SQUARED,
+    CACHED_TOKENS,
+    DEMAND_NAMES,
+    IN_FLIGHT,
+    LATENCY_BUCKETS_S,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    QUEUED,
+    REQUESTS,
+    TPOT,
+    TTFT,
+    Sample,
+)
 from cluster.placement import group_of
 from cluster.record import TraceRow
 from cluster.replica import Load, Phase, Replica, Role
@@ -358,6 +373,7 @@ class ClosedLoop:
                 kv_tokens=load.kv_tokens,
                 kv_blocks_used=load.kv_blocks_used,
                 step_s=load.step_s,
+                slowdown=load.slowdown,
                 power_w=load.power_w,
             )
             one.heard = Heard(load=report, at_s=self.now_s)
@@ -415,7 +431,6 @@ class ClosedLoop:
 
     def _refuse(self, one: _Live) -> None:
         del self._live[one.request.request_id]
-        self._counters.refused()
         self.ended.append(Ended(one.arrival_s - START_S, None, False))
 
     def _hear(self, output: StepOutput) -> None:
@@ -469,15 +484,7 @@ class _Counters:
     """The gateway's, as it exports them."""
 
     labels = (("instance", "gateway"), ("model", MODEL))
-    totals = (
-        "mobula_arrivals_total",
-        "mobula_arrived_prompt_tokens_total",
-        "mobula_arrived_prompt_tokens_squared_total",
-        "mobula_requests_total",
-        "mobula_prompt_tokens_total",
-        "mobula_output_tokens_total",
-        "mobula_cached_tokens_total",
-    )
+    totals = (ARRIVALS, ARRIVED_TOKENS, ARRIVED_TOKENS_SQUARED, REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS, CACHED_TOKENS)
 
     def __init__(self) -> None:
         self._totals = dict.fromkeys(self.totals, 0)
@@ -485,14 +492,14 @@ class _Counters:
         self._histograms = {name: dict.fromkeys(bounds, 0) for name in (TTFT, TPOT)}
 
     def arrived(self, prompt_tokens: int) -> None:
-        self._add(mobula_arrivals_total=1, mobula_arrived_prompt_tokens_total=prompt_tokens)
-        self._add(mobula_arrived_prompt_tokens_squared_total=prompt_tokens * prompt_tokens)
-
-    def refused(self) -> None:
-        self._add(mobula_requests_total=1)
+        self._totals[ARRIVALS] += 1
+        self._totals[ARRIVED_TOKENS] += prompt_tokens
+        self._totals[ARRIVED_TOKENS_SQUARED] += prompt_tokens * prompt_tokens
 
     def ended(self, prompt_tokens: int, output_tokens: int, ttft_s: float, tpot_s: float | None) -> None:
-        self._add(mobula_requests_total=1, mobula_prompt_tokens_total=prompt_tokens, mobula_output_tokens_total=output_tokens)
+        self._totals[REQUESTS] += 1
+        self._totals[PROMPT_TOKENS] += prompt_tokens
+        self._totals[OUTPUT_TOKENS] += output_tokens
         for name, value_s in ((TTFT, ttft_s), (TPOT, tpot_s)):
             for bound_s in self._histograms[name] if value_s is not None else ():
                 self._histograms[name][bound_s] += value_s <= bound_s
@@ -504,10 +511,6 @@ class _Counters:
                 bound = "+Inf" if math.isinf(bound_s) else str(bound_s)
                 made.append(Sample(name, (self.labels[0], ("le", bound), self.labels[1]), float(count)))
         return [*made, Sample(QUEUED, self.labels, float(queued)), Sample(IN_FLIGHT, self.labels, float(in_flight))]
-
-    def _add(self, **by: int) -> None:
-        for name, more in by.items():
-            self._totals[name] += more
 
 
 def _mean(lengths: Lengths) -> int:

@@ -29,7 +29,22 @@ from rich.table import Table
 
 from cluster.actions import Action, ChangeRole, Decision, DrainReplica, StartReplica
 from cluster.fleet import Fleet, ModelSpec, NodeSpec, Pace, PipelineSpec, ReplicaGroup
-from cluster.metrics import DEMAND_NAMES, IN_FLIGHT, LATENCY_BUCKETS_S, QUEUED, TPOT, TTFT, Sample
+from cluster.metrics import (
+    ARRIVALS,
+    ARRIVED_TOKENS,
+    ARRIVED_TOKENS_SQUARED,
+    CACHED_TOKENS,
+    DEMAND_NAMES,
+    IN_FLIGHT,
+    LATENCY_BUCKETS_S,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    QUEUED,
+    REQUESTS,
+    TPOT,
+    TTFT,
+    Sample,
+)
 from cluster.placement import group_of
 from cluster.replica import Load, Phase, Replica, Role
 from cluster.slo import Slo
@@ -53,7 +68,7 @@ PER_NODE = 8
 SWELL, SWELL_S = 0.2, 240.0
 PACE = Pace(shape="llama-3.1-8b", accelerator="h100")
 SLO = Slo(ttft_s=1.0, tpot_s=0.03)
-PROMPT_TOKENS, PROMPT_SD, OUTPUT_TOKENS, CACHED_SHARE = 1000, 700, 200, 0.25
+PROMPT_MEAN, PROMPT_SD, OUTPUT_MEAN, CACHED_SHARE = 1000, 700, 200, 0.25
 BARS_MS = {1000: 50.0, 10_000: 500.0}
 JOURNAL_BAR_MB = 1000.0
 START_S = 1_800_000_000.0
@@ -157,10 +172,10 @@ class World:
         """As many replicas as their demand needs: half of them prefill and decode of one model, half mixed of another."""
         flow = Flow(
             rate_rps=1.0,
-            prompt_tokens=PROMPT_TOKENS * (1 - CACHED_SHARE),
+            prompt_tokens=PROMPT_MEAN * (1 - CACHED_SHARE),
             prompt_tokens_sd=PROMPT_SD,
-            context_tokens=PROMPT_TOKENS,
-            output_tokens=OUTPUT_TOKENS,
+            context_tokens=PROMPT_MEAN,
+            output_tokens=OUTPUT_MEAN,
         )
         group = Group(
             model="m",
@@ -240,6 +255,7 @@ class World:
         running, context, blocks = (self._noise.integers(-by, by + 1, len(names)).tolist() for by in (2, 2000, 120))
         late = (self._noise.random(len(names)) * 0.2).tolist()
         step_s, power_w = self._noise.normal(0.012, 2e-4, len(names)).tolist(), self._noise.normal(450, 8, len(names)).tolist()
+        slowdown = self._noise.normal(1.0, 0.01, len(names)).tolist()
         waiting = self._noise.integers(0, 4, len(names)).tolist()
         for index, name in enumerate(names):
             known = self._heard.get(name)
@@ -255,6 +271,7 @@ class World:
                 kv_tokens=max(0, (old.kv_tokens if old else 60_000) + context[index]),
                 kv_blocks_used=max(0, (old.kv_blocks_used if old else 4000) + blocks[index]),
                 step_s=step_s[index],
+                slowdown=slowdown[index],
                 power_w=power_w[index],
             )
             self._heard[name] = Heard(load=load, at_s=self.now_s - late[index])
@@ -264,21 +281,19 @@ class World:
         for model, mean_rps in self._rates.items():
             rate_rps = mean_rps / GATEWAYS * (1.0 + SWELL * math.sin(self.now_s / SWELL_S * 2 * math.pi))
             count = float(self._noise.poisson(rate_rps))
-            spread = max(0.0, float(self._noise.normal(1.0, PROMPT_SD / PROMPT_TOKENS / math.sqrt(count + 1))))
+            spread = max(0.0, float(self._noise.normal(1.0, PROMPT_SD / PROMPT_MEAN / math.sqrt(count + 1))))
             rises = {
-                "mobula_arrivals_total": count,
-                "mobula_arrived_prompt_tokens_total": round(count * PROMPT_TOKENS * spread),
-                "mobula_arrived_prompt_tokens_squared_total": round(count * (PROMPT_TOKENS**2 + PROMPT_SD**2) * spread * spread),
-                "mobula_cached_tokens_total": round(count * CACHED_SHARE * PROMPT_TOKENS * spread * spread),
+                ARRIVALS: count,
+                ARRIVED_TOKENS: round(count * PROMPT_MEAN * spread),
+                ARRIVED_TOKENS_SQUARED: round(count * (PROMPT_MEAN**2 + PROMPT_SD**2) * spread * spread),
+                REQUESTS: count,
+                PROMPT_TOKENS: round(count * PROMPT_MEAN * spread),
+                CACHED_TOKENS: round(count * CACHED_SHARE * PROMPT_MEAN * spread * spread),
+                OUTPUT_TOKENS: round(count * OUTPUT_MEAN * spread),
             }
             labels = (("instance", instance), ("model", model))
             for name, by in rises.items():
                 yield self._risen(name, labels, by)
-            for tenant in ("a", "b", "c"):
-                told = (*labels, ("tenant", tenant))
-                yield self._risen("mobula_requests_total", (*labels, ("outcome", "stop"), ("tenant", tenant)), count / 3)
-                yield self._risen("mobula_prompt_tokens_total", (("key", tenant), *told), round(count / 3 * PROMPT_TOKENS * spread))
-                yield self._risen("mobula_output_tokens_total", (("key", tenant), *told), round(count / 3 * OUTPUT_TOKENS * spread))
             for name, mean_s in ((TTFT, 0.3), (TPOT, 0.02)):
                 for bound_s in (*LATENCY_BUCKETS_S, math.inf):
                     within = round(count * (1.0 - math.exp(-bound_s / mean_s / spread)))

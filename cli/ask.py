@@ -32,7 +32,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     kind: str = ""
 
 
-def ask(home: FleetHome, call: str, kind: type[Kind], **arguments: Any) -> Kind:
+def ask(home: FleetHome, call: str, kind: type[Kind], /, **arguments: Any) -> Kind:
     """The answer. Raises the error that the fleet answers with, or Unreachable where it does not."""
     question = Question(call=call, arguments=arguments)
     try:

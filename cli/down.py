@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from cli.local_ray import processes_in, put_away
 from cluster.errors import InvalidConfig, Unreachable
 
 STOP_S = 90.0  # Requests drain for 30 s in the gateway and then in the workers; Ray's shutdown has 20 s.
+DRAIN_S = 30.0
 KILL_S = 5.0
 SWEEPS = 3  # What is killed may just have started another.
 
@@ -43,7 +45,7 @@ def end_fleet(record: Record, home: FleetHome) -> int:
             supervisor.terminate()
             supervisor.wait(STOP_S)
     elif record.address is not None:
-        _close_gateway(record, record.address)
+        _end_in_joined_ray(record, record.address)
     last = home.record() or record
     killed = _kill_left(last)
     if last.directory is not None:
@@ -54,12 +56,14 @@ def end_fleet(record: Record, home: FleetHome) -> int:
     return killed
 
 
-def _close_gateway(record: Record, address: str) -> None:
-    """In a joined Ray workers end with their supervisor, but the gateway does not."""
+def _end_in_joined_ray(record: Record, address: str) -> None:
+    """What a supervisor that is gone has left in a Ray that is not its own."""
     with joined_ray(address):
+        from controller.start import stop_controller
         from gateway.deployment import shutdown
 
         shutdown(record.fleet)
+        asyncio.run(stop_controller(record.fleet, DRAIN_S))
 
 
 def _kill_left(record: Record) -> int:

@@ -45,38 +45,6 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What could not be ended in order; the record outlives its supervisor then."""
 
 
-class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of `mobula status`."""
-
-    replica_id: str
-    role: str
-    phase: str
-    model: str
-    node: str
-    worker_id: str
-    pid: int | None = None
-    endpoint: str = ""
-    running: int = 0
-    waiting: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks: int = 0
-    step_s: float = 0.0
-    power_w: float = 0.0
-    metrics_url: str = ""
-
-
-class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What `mobula status --json` prints."""
-
-    fleet: str
-    url: str
-    version: int
-    """Of the membership table."""
-    gateways: tuple[str, ...] = ()
-    """Each gateway replica at its own address, which nobody shares: where its metrics are to be scraped."""
-    replicas: tuple[ReplicaStatus, ...]
-
-
 class FleetHome:
     """The directory of one fleet, only for its owner's eyes."""
 

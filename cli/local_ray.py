@@ -1,4 +1,7 @@
-"""A Ray cluster of this machine alone: one raylet for each named node, everything on 127.0.0.1, nothing left behind."""
+"""A Ray cluster of this machine alone: everything on 127.0.0.1, nothing left behind.
+
+One raylet for each named node, and one for Ray's head, the controller and the gateway, so that any node may die.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Any
 import psutil
 
 from cli.joined_ray import ENVIRONMENT
+from cluster.errors import InvalidRequest
 from cluster.fleet import NodeSpec
 
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least is 75 MiB; nothing large goes through it.
@@ -52,6 +56,7 @@ class LocalRay:
         """Blocks until all nodes are there. `directory`: an empty one of a short path, since sockets go there too."""
         prepare_environment(directory)
         self._cluster: Any = None
+        self._nodes: dict[str, Any] = {}
         try:
             self._start(nodes, label)
         except BaseException:
@@ -63,19 +68,25 @@ class LocalRay:
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster()
-        for index, node in enumerate(nodes):
-            arguments = {
-                "num_cpus": max(1, round(node.cpus)),
-                "labels": {label: node.name},
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "node_ip_address": "127.0.0.1",
-            }
-            if index == 0:
-                # An exact port, so that two clusters that start at once do not both take the default.
-                arguments |= {"include_dashboard": False, "gcs_server_port": 0}
-            self._cluster.add_node(wait=index == 0, **arguments)
+        common = {"object_store_memory": OBJECT_STORE_BYTES, "node_ip_address": "127.0.0.1"}
+        # An exact port, so that two clusters that start at once do not both take the default.
+        self._cluster.add_node(num_cpus=0, include_dashboard=False, gcs_server_port=0, **common)
+        for node in nodes:
+            labels = {label: node.name}
+            self._nodes[node.name] = self._cluster.add_node(wait=False, num_cpus=max(1, round(node.cpus)), labels=labels, **common)
         self._cluster.wait_for_nodes()
         ray.init(address=self._cluster.address, log_to_driver=False, logging_level="warning")
+
+    def kill_node(self, name: str) -> str:
+        """kill -9 of its raylet and of all that runs there. Raises InvalidRequest for one that does not run."""
+        node = self._nodes.pop(name, None)
+        if node is None:
+            raise InvalidRequest(f"no node {name} runs; there are {', '.join(self._nodes) or 'none'}", param="target")
+        raylets = [psutil.Process(info.process.pid) for infos in node.all_processes.values() for info in infos]
+        killed = [child for raylet in raylets for child in (raylet, *raylet.children(recursive=True))]
+        for process in killed:
+            _signal(process.kill)
+        return f"SIGKILL to {len(killed)} processes, those of node {name}"
 
     def stop(self) -> None:
         if self._cluster is not None:

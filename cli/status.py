@@ -1,34 +1,36 @@
-"""`mobula status`: a fleet's replicas, as a table that may stay up to date."""
+"""`mobula status`: a fleet as its controller sees it, as a table that may stay up to date."""
 
 from __future__ import annotations
 
-import socket
 import time
+from collections.abc import Iterator
+from datetime import datetime
 from typing import Annotated
 
 import msgspec
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cli.fleet_home import FleetHome, FleetStatus, ReplicaStatus, only_fleet
-from cluster.errors import Unreachable
+from cli.ask import ask
+from cli.fleet_home import FleetHome, only_fleet
+from controller.status import FleetStatus, GroupStatus, ModelStatus, NodeStatus, ReplicaStatus
 
-ANSWER_S = 5.0
 REFRESH_S = 1.0
-MAX_ANSWER_BYTES = 16 * 2**20  # Ten thousand replicas are 4 MB.
 PHASE_STYLES = {"ready": "green", "lost": "red", "draining": "yellow", "warming": "cyan", "starting": "cyan"}
+SHOWN_REPLICAS = 40  # More do not fit a screen; `--json` has all.
+SHOWN_CHANGES = 5
 
 
 def status(
     fleet: Annotated[str | None, typer.Argument(help="Name of the fleet; may be left out with only one up.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until Ctrl-C.")] = False,
 ) -> None:
-    """Show a fleet's replicas: role, phase, process, load. `--json` has their metrics URLs, too.
+    """Show a fleet: models and their SLO, nodes, replicas by role and phase, load, power, cost, the last decisions and why.
 
     Examples:
 
@@ -43,57 +45,106 @@ def status(
     elif watch:
         _watch(home, now)
     else:
-        Console().print(table(now))
+        Console().print(screen(now))
 
 
 def fetch(home: FleetHome) -> FleetStatus:
     """Ask the supervisor. Raises Unreachable where there is none."""
-    try:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(ANSWER_S)
-            client.connect(str(home.socket_path))
-            with client.makefile("rb") as answer:
-                return msgspec.json.decode(answer.read(MAX_ANSWER_BYTES), type=FleetStatus)
-    except (OSError, msgspec.DecodeError) as error:
-        raise Unreachable(f"fleet {home.path.name} {_why_silent(home, error)}") from error
+    return ask(home, "status", FleetStatus)
 
 
-def _why_silent(home: FleetHome, error: Exception) -> str:
-    record = home.record()
-    if record is None:
-        return f"is not up: {home.record_path} is not there"
-    if record.supervisor.find() is None:
-        return f"has lost its supervisor; `mobula down {record.fleet}` ends what is left"
-    if not home.socket_path.exists():
-        return "is still starting"
-    return f"does not answer at {home.socket_path}: {error}"
-
-
-def table(now: FleetStatus) -> Table:
+def screen(now: FleetStatus) -> Group:
     """Fits 80 columns."""
-    shown = Table(title=f"{now.fleet} at {now.url}", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for heading in ("replica", "role", "phase", "node", "pid"):
-        shown.add_column(heading, no_wrap=True)
-    for heading in ("run", "wait", "KV", "step", "power"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for replica in sorted(now.replicas, key=lambda replica: (replica.role, replica.replica_id)):
-        shown.add_row(*_cells(replica))
+    return Group(*_parts(now))
+
+
+def _parts(now: FleetStatus) -> Iterator[RenderableType]:
+    power = f", {now.power_w:,.0f} W" if now.power_w else ""
+    cost = f", ${now.used_usd_per_hour:.2f}/h in use of ${now.price_usd_per_hour:.2f}/h" if now.price_usd_per_hour else ""
+    yield Text(f"{now.fleet} at {now.url}: {now.mode}, pass {now.pass_number}, epoch {now.epoch}{power}{cost}", style="bold")
+    if now.failures or now.unwritten:
+        yield Text(f"{now.failures} passes failed, {now.unwritten} are not in the journal; see the controller's log", style="red")
+    for hold in now.holds:
+        until = datetime.fromtimestamp(hold.expires_s).strftime("%H:%M")
+        count = "" if hold.replicas is None else f" to {hold.replicas}"
+        yield Text(f"{hold.kind} {hold.target}{count} by {hold.author} until {until}".replace("  ", " "), style="yellow")
+    yield _table("model", ("rate", "queued", "running", "TTFT P99", "TPOT P99", "in SLO"), map(_model, now.models))
+    yield _table("group", ("ready", "wanted", "min", "max"), map(_group, now.groups))
+    yield _table("node", ("pool", "", "market", "zone", "used", "power", "$/h"), map(_node, now.nodes))
+    yield replica_table(now)
+    if now.changes:
+        yield Text("last decisions (mobula explain says more)", style="dim")
+    for change in now.changes[:SHOWN_CHANGES]:
+        at = datetime.fromtimestamp(change.at_s).strftime("%H:%M:%S")
+        yield Text(f"{at}  {change.text}: {change.reason}")
+
+
+def replica_table(now: FleetStatus) -> Table:
+    """The replicas alone."""
+    rows = sorted(now.replicas, key=lambda replica: (replica.role, replica.replica_id))
+    shown = _table("replica", ("role", "phase", "node", "run", "wait", "KV", "step", "power"), map(_replica, rows[:SHOWN_REPLICAS]))
+    if len(rows) > SHOWN_REPLICAS:
+        shown.caption = f"and {len(rows) - SHOWN_REPLICAS} more"
     return shown
 
 
-def _cells(replica: ReplicaStatus) -> tuple[str | Text, ...]:
-    """Of a replica whose worker says nothing, only what the registry knows."""
-    known = (
-        replica.replica_id,
-        replica.role,
-        Text(replica.phase, style=PHASE_STYLES.get(replica.phase, "")),
-        replica.node,
+def _table(first: str, headings: tuple[str, ...], rows: Iterator[tuple[str | Text, ...]]) -> Table:
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    left = {"role", "phase", "node", "pool", "", "market", "zone"}
+    made.add_column(first, no_wrap=True)
+    for heading in headings:
+        made.add_column(heading, no_wrap=True, justify="left" if heading in left else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def _model(model: ModelStatus) -> tuple[str | Text, ...]:
+    share = "-" if model.attainment is None else f"{model.attainment:.1%}"
+    missed = model.attainment is not None and model.attainment < 0.99
+    return (
+        model.model,
+        f"{model.rate_rps:.2f}/s" if model.age_s < 60 else "unknown",
+        str(model.queued),
+        str(model.in_flight),
+        _against(model.ttft and model.ttft.p99_s, model.slo.ttft_s),
+        _against(model.tpot and model.tpot.p99_s, model.slo.tpot_s),
+        Text(share, style="red" if missed else "green"),
     )
+
+
+def _against(value_s: float | None, bound_s: float | None) -> str:
+    if value_s is None:
+        return "-"
+    return f"{1000 * value_s:.0f} ms" + (f" of {1000 * bound_s:.0f}" if bound_s is not None else "")
+
+
+def _group(group: GroupStatus) -> tuple[str | Text, ...]:
+    ready = Text(str(group.ready), style="green" if group.ready == group.wanted else "yellow")
+    return (group.name, ready, str(group.wanted), str(group.min_replicas), str(group.max_replicas))
+
+
+def _node(node: NodeStatus) -> tuple[str | Text, ...]:
+    state = Text(node.held, style="yellow") if node.alive else Text("down", style="red")
+    return (
+        node.name,
+        node.pool,
+        state,
+        node.market,
+        node.zone or "-",
+        f"{node.replicas}/{node.slots}",
+        f"{node.power_w:.0f} W",
+        f"{node.price_usd_per_hour:.2f}",
+    )
+
+
+def _replica(replica: ReplicaStatus) -> tuple[str | Text, ...]:
+    """Of a replica that has told nothing yet, or does no more, only what is known of it."""
+    known = (replica.replica_id, replica.role, Text(replica.phase, style=PHASE_STYLES.get(replica.phase, "")), replica.node)
     if replica.pid is None:
-        return (*known, *["-"] * 6)
+        return (*known, *["-"] * 5)
     return (
         *known,
-        str(replica.pid),
         str(replica.running),
         str(replica.waiting),
         f"{replica.kv_blocks_used / max(replica.kv_blocks, 1):.0%}",
@@ -104,9 +155,9 @@ def _cells(replica: ReplicaStatus) -> tuple[str | Text, ...]:
 
 def _watch(home: FleetHome, now: FleetStatus) -> None:
     try:
-        with Live(table(now), refresh_per_second=4) as live:
+        with Live(screen(now), refresh_per_second=4) as live:
             while True:
                 time.sleep(REFRESH_S)
-                live.update(table(fetch(home)))
+                live.update(screen(fetch(home)))
     except KeyboardInterrupt:
         return

@@ -1,4 +1,4 @@
-"""The process behind `mobula up`: holds Ray, registry, workers and gateway, answers `mobula status`, and ends them all.
+"""The process behind `mobula up`: holds Ray, controller and gateway, answers the other commands, and ends them all.
 
 Run as `python -m cli.supervisor FLEET PROGRESS_FD`, by `cli/up.py`, with the fleet already checked. It says how far it is as JSON
 lines on the descriptor; the last is `ready` or `failed`.
@@ -18,21 +18,28 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
 
+from cli.answerer import Answerer
+from cli.faults import Faults
 from cli.fleet_home import FleetHome, Record, identify
 from cli.joined_ray import joined_ray
+from cli.local_prometheus import LocalPrometheus, start_prometheus
 from cli.local_ray import LocalRay, adopt_orphans, end_children, put_away, show_logs
-from cli.status_answerer import StatusAnswerer
-from cluster.errors import MobulaError, Permanent
+from cluster.errors import InvalidConfig, MobulaError, Permanent, Unreachable
 from cluster.fleet import Fleet
 from cluster.placement import NODE_LABEL
 
+if TYPE_CHECKING:
+    from controller.controller_client import ControllerClient  # Imports Ray, which reads its environment once.
+
 log = logging.getLogger("mobula")
 
+DRAIN_S = 30.0  # What runs then is cut: the gateway, which would resume it elsewhere, is gone.
+PROGRESS_S = 0.2
 GATEWAY_STOP_S = 45.0  # Its streams have 30 s to finish.
 SERVE = "serve"  # The namespace of Ray Serve's own actors.
 
@@ -92,9 +99,9 @@ def _supervise(order: Order, home: FleetHome, tell: Tell) -> None:
     home.write_record(record)
     faults: tuple[str, ...] = ()
     try:
-        with _ray(order, directory, home, tell):
+        with _ray(order, directory, home, tell) as local:
             signal.signal(signal.SIGTERM, _exit)  # Ray has put its own in place.
-            running = _Supervisor(fleet, _secret(fleet, home), url, home, tell, local=directory is not None)
+            running = _Supervisor(fleet, _secret(fleet, home), url, home, tell, local)
             faults = asyncio.run(running.run())
     finally:
         home.clear()
@@ -103,7 +110,7 @@ def _supervise(order: Order, home: FleetHome, tell: Tell) -> None:
 
 
 @contextlib.contextmanager
-def _ray(order: Order, directory: str | None, home: FleetHome, tell: Tell) -> Iterator[None]:
+def _ray(order: Order, directory: str | None, home: FleetHome, tell: Tell) -> Iterator[LocalRay | None]:
     """Connected to Ray, to a local one where there is a directory for it."""
     if directory is not None:
         count = len(order.fleet.nodes)
@@ -112,7 +119,7 @@ def _ray(order: Order, directory: str | None, home: FleetHome, tell: Tell) -> It
         try:
             local = LocalRay(order.fleet.nodes, NODE_LABEL, Path(directory))
             show_logs(Path(directory), home.ray_logs_path)
-            yield
+            yield local
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Already on the way out.
             if local is not None:
@@ -122,12 +129,12 @@ def _ray(order: Order, directory: str | None, home: FleetHome, tell: Tell) -> It
     else:
         tell(Progress(kind="phase", text=f"Joining Ray at {order.address}"))
         with joined_ray(order.address):
-            yield
+            yield None
 
 
 class _Supervisor:
-    def __init__(self, fleet: Fleet, secret: str, url: str, home: FleetHome, tell: Tell, *, local: bool) -> None:
-        """`local`: Ray is ours and ends with the fleet."""
+    def __init__(self, fleet: Fleet, secret: str, url: str, home: FleetHome, tell: Tell, local: LocalRay | None) -> None:
+        """local: the Ray that ends with the fleet; None where it is not ours."""
         self._fleet = fleet
         self._local = local
         self._secret = secret
@@ -137,8 +144,8 @@ class _Supervisor:
         self._stop = asyncio.Event()
         self._opening: asyncio.Future[None] | None = None
         self._served_before = False
-        self._workers: Any = None
-        self._registry: Any = None
+        self._begun = False
+        self._prometheus: LocalPrometheus | None = None
 
     async def run(self) -> tuple[str, ...]:
         """Everything up, then wait for SIGTERM, then everything down. What could not be ended in order."""
@@ -158,20 +165,46 @@ class _Supervisor:
         return faults
 
     async def _start(self) -> None:
-        from controller.act.replicas import Workers, check_nodes, start_registry
-        from controller.config import expand
+        from controller.start import check_nodes, start_controller
 
         check_nodes(self._fleet)
-        self._registry = await start_registry(self._fleet)
-        plans = expand(self._fleet)
-        self._workers = Workers(self._fleet, self._secret, self._registry)
-        self._tell(Progress(kind="phase", text="Starting replicas", total=len(plans)))
-        await self._workers.start(plans, lambda plan: self._tell(Progress(kind="step", text=plan.worker_id)))
+        if self._fleet.telemetry.local_prometheus:
+            self._tell(Progress(kind="phase", text="Starting Prometheus"))
+            await self._start_prometheus()
+        self._begun = True
+        total = sum(spec.count for spec in self._fleet.replicas)
+        self._tell(Progress(kind="phase", text=f"Starting the controller and {total} replicas", total=total))
+        prometheus_url = self._prometheus.url if self._prometheus else None
+        controller = await start_controller(self._fleet, self._home.path, self._secret, prometheus_url)
+        await self._all_ready(controller)
         self._tell(Progress(kind="phase", text="Opening the gateway"))
         await self._open_gateway()
-        answerer = StatusAnswerer(self._fleet, self._url, self._registry, self._workers)
-        await asyncio.start_unix_server(answerer.answer, self._home.socket_path)
+        if self._prometheus is not None:
+            status = await controller.call("status")
+            self._prometheus.follow(f"{status.http_url}/targets")
+        await Answerer(self._url, controller, Faults(self._local, self._prometheus)).serve(self._home.socket_path)
         self._tell(Progress(kind="ready", text=self._url))
+
+    async def _start_prometheus(self) -> None:
+        tls_dir = self._fleet.transport.tls_dir
+        ca_file = None if tls_dir is None else Path(tls_dir, "ca.pem")
+        self._prometheus = await start_prometheus(self._home.path / "prometheus", ca_file)
+
+    async def _all_ready(self, controller: ControllerClient) -> None:
+        """Raises why the first replica that failed did not start."""
+        told: set[str] = set()
+        while True:
+            progress = await controller.call("progress")
+            for failure in progress.failures:
+                text = f"{failure.replica_id}: {failure.error}"
+                raise InvalidConfig(text) if failure.permanent else Unreachable(text)
+            for replica_id in progress.ready:
+                if replica_id not in told:
+                    told.add(replica_id)
+                    self._tell(Progress(kind="step", text=replica_id))
+            if len(progress.ready) >= progress.wanted:
+                return
+            await asyncio.sleep(PROGRESS_S)
 
     async def _open_gateway(self) -> None:
         import ray
@@ -179,32 +212,40 @@ class _Supervisor:
         from gateway.deployment import deploy
 
         self._served_before = any(actor["namespace"] == SERVE for actor in ray.util.list_named_actors(all_namespaces=True))
-        self._opening = asyncio.ensure_future(_apart(deploy, self._fleet, self._secret))
+        self._opening = asyncio.ensure_future(_apart(deploy, self._fleet, self._secret, self._local is not None))
         await asyncio.shield(self._opening)
 
     async def _close_gateway(self) -> None:
         from gateway.deployment import shutdown
 
-        if self._opening is None or (self._local and not self._opening.done()):
+        if self._opening is None or (self._local is not None and not self._opening.done()):
             return  # Nothing streams yet, and a local Ray ends with all that is in it.
         async with asyncio.timeout(GATEWAY_STOP_S):
             await asyncio.wait([self._opening])
             if self._opening.exception() is None:
                 await _apart(shutdown, self._fleet.name)
-            if not (self._local or self._served_before):
+            if self._local is None and not self._served_before:
                 await _apart(_end_unused_serve)
 
     async def _end(self) -> tuple[str, ...]:
-        """The gateway first, so that nothing new comes; then the workers, which finish what they have. An error stops neither."""
+        """The gateway first, so that nothing new comes; then the workers, which finish what they have. An error stops nothing."""
+        ends = [("gateway", self._close_gateway), ("workers", self._stop_workers)] if self._begun else []
+        if self._prometheus is not None:
+            ends.append(("Prometheus", self._prometheus.stop))
         faults = []
-        if self._workers is not None:
-            for what, end in (("gateway", self._close_gateway), ("workers", self._workers.stop)):
-                try:
-                    await end()
-                except Exception as error:
-                    log.exception("the %s did not end in order", what)
-                    faults.append(f"{what}: {str(error) or type(error).__name__}")
+        for what, end in ends:
+            try:
+                await end()
+            except Exception as error:
+                log.exception("%s: not ended in order", what)
+                faults.append(f"{what}: {str(error) or type(error).__name__}")
         return tuple(faults)
+
+    async def _stop_workers(self) -> None:
+        from controller.start import stop_controller
+
+        served = self._opening is not None and self._opening.done()
+        await stop_controller(self._fleet.name, DRAIN_S if served else 0.0)
 
 
 def _secret(fleet: Fleet, home: FleetHome) -> str:

@@ -33,6 +33,10 @@ class ScaleRole(_Action, frozen=True, kw_only=True):
     replicas: int
 
     @property
+    def words(self) -> str:
+        return f"{self.group} to {self.replicas}"
+
+    @property
     def claims(self) -> tuple[str, ...]:
         return (self.group,)
 
@@ -45,6 +49,10 @@ class StartReplica(_Action, frozen=True, kw_only=True):
     node: str
 
     @property
+    def words(self) -> str:
+        return f"start {self.replica_id} on {self.node}"
+
+    @property
     def claims(self) -> tuple[str, ...]:
         return (self.replica_id,)
 
@@ -55,6 +63,10 @@ class DrainReplica(_Action, frozen=True, kw_only=True):
     replica_id: str
     deadline_s: float
     """Unix time."""
+
+    @property
+    def words(self) -> str:
+        return f"drain {self.replica_id}"
 
     @property
     def claims(self) -> tuple[str, ...]:
@@ -70,6 +82,10 @@ class ChangeRole(_Action, frozen=True, kw_only=True):
     """The group it leaves."""
     target: str
     """The group it joins."""
+
+    @property
+    def words(self) -> str:
+        return f"{self.replica_id} becomes {self.role.value}"
 
     @property
     def claims(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What the operator asks for: the types of cluster.yaml. `controller/config.py` reads and checks it."""
+"""What the operator asks for: the types of cluster.yaml. `controller/config/` reads and checks it."""
 
 from __future__ import annotations
 

@@ -57,10 +57,10 @@ GATEWAY_METRICS = (
 ARRIVALS = "mobula_arrivals_total"
 ARRIVED_TOKENS = "mobula_arrived_prompt_tokens_total"
 ARRIVED_TOKENS_SQUARED = "mobula_arrived_prompt_tokens_squared_total"
-PROMPT_TOKENS = "mobula_prompt_tokens_total"
+PROMPT_TOKENS = "mobula_request_prompt_tokens_sum"
 CACHED_TOKENS = "mobula_cached_tokens_total"
-OUTPUT_TOKENS = "mobula_output_tokens_total"
-REQUESTS = "mobula_requests_total"
+OUTPUT_TOKENS = "mobula_request_output_tokens_sum"
+REQUESTS = "mobula_request_output_tokens_count"
 TTFT = "mobula_ttft_seconds_bucket"
 TPOT = "mobula_tpot_seconds_bucket"
 QUEUED = "mobula_queue_depth"
@@ -78,7 +78,7 @@ DEMAND_NAMES = (
     QUEUED,
     IN_FLIGHT,
 )
-"""What a controller reads of demand and latency."""
+"""What a controller reads of demand and latency. All of them by model alone: their number does not grow with tenants and keys."""
 
 REPLICA_METRICS = (
     Metric("mobula_replica_running", "gauge", "Requests decoding.", ("replica", "role")),
@@ -103,6 +103,27 @@ REPLICA_METRICS = (
 )
 
 
+CONTROLLER_METRICS = (
+    Metric("mobula_controller_epoch", "gauge", "Of the controller in charge: above that of every one before it."),
+    Metric("mobula_controller_passes_total", "counter", "Passes that looked at the cluster."),
+    Metric("mobula_controller_pass_seconds", "histogram", "One pass: observe, decide, write down, begin to act."),
+    Metric("mobula_controller_failures_total", "counter", "Passes that did nothing, as something was raised."),
+    Metric("mobula_controller_unwritten_total", "counter", "Passes that the journal did not take."),
+    Metric("mobula_controller_journal_bytes", "gauge", "The journal on disk."),
+    Metric("mobula_controller_actions_total", "counter", "Actions decided, by kind.", ("kind",)),
+    Metric("mobula_controller_dropped_total", "counter", "Actions proposed and dropped, by the policy or guard.", ("by",)),
+    Metric("mobula_controller_holds", "gauge", "Operators' pauses, cordons, drains and pins in force.", ("kind",)),
+    Metric("mobula_controller_telemetry_age_seconds", "gauge", "Age of what is known of a model's demand.", ("model",)),
+    Metric("mobula_controller_telemetry_errors_total", "counter", "Times that telemetry could not be read."),
+    Metric("mobula_controller_samples_refused_total", "counter", "Samples too late, too many, or no count."),
+    Metric("mobula_controller_heartbeats_lost_total", "counter", "Workers taken for dead as they fell silent."),
+    Metric("mobula_replicas_wanted", "gauge", "The target in force.", ("group",)),
+    Metric("mobula_replicas", "gauge", "Replicas there are.", ("group", "phase")),
+    Metric("mobula_nodes", "gauge", "Machines of the config, by whether they are up.", ("alive",)),
+    Metric("mobula_price_usd_per_hour", "gauge", "Of the machines that are up."),
+)
+
+
 class Sample(msgspec.Struct, frozen=True, array_like=True):
     """One exported number at one time, named as Prometheus' text format names it."""
 
@@ -124,3 +145,16 @@ def exporter(metrics: Iterable[Metric], registry: CollectorRegistry) -> Mapping[
         else:
             made[metric.name] = _KINDS[metric.kind](metric.name, metric.help, metric.labels, registry=registry)
     return made
+
+
+def samples(registry: CollectorRegistry, names: Iterable[str], **labels: str) -> tuple[Sample, ...]:
+    """What a registry exports under these names just now, with more labels, in order.
+
+    Labels without a value are left out, as Prometheus does.
+    """
+    found = []
+    for family in registry.restricted_registry(names).collect():
+        for one in family.samples:
+            pairs = {**one.labels, **labels}.items()
+            found.append(Sample(one.name, tuple(sorted((label, value) for label, value in pairs if value)), float(one.value)))
+    return tuple(sorted(found, key=lambda sample: (sample.name, sample.labels)))

@@ -102,7 +102,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     kv_blocks_used: int
     """Blocks held by requests. Cached blocks nobody holds are free."""
     step_s: float = 0.0
-    """Mean duration of the latest steps that only decoded; 0 before the first. Prompts between them would pass for slowness."""
+    """Mean duration of the latest steps; 0 before the first."""
     power_w: float = 0.0
+    slowdown: float = 1.0
+    """Measured over predicted time of the latest steps, each predicted by what it computed."""
     overrun_share: float = 0.0
     """Share of paced steps that took longer than the emulated time, in [0, 1]."""

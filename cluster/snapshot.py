@@ -62,6 +62,8 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     phase: Phase
     node: str
     phase_since_s: float
+    ready_since_s: float | None = None
+    """None before it was READY for the first time in its role."""
     load: Load | None = None
     """None before its first report."""
     load_age_s: float = 0.0

@@ -7,8 +7,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
+import msgspec
+
 from cluster.actions import Action, Decision
 from cluster.snapshot import ClusterSnapshot
+from controller.act.orders import Settled
 from controller.journal import Entry, Journal
 from controller.memory import Memory, after, recovered
 from policies.pipeline import Pipeline
@@ -28,7 +31,20 @@ class Actuator(Protocol):
     """Carries out. Actions are absolute: one that is under way or done already is not begun again."""
 
     def apply(self, number: int, actions: Sequence[Action]) -> None:
-        """Begins them and returns; what becomes of them is told to the journal and to the memory when it is known."""
+        """Begins them and returns."""
+
+    def settle(self, snapshot: ClusterSnapshot, memory: Memory) -> Settled:
+        """What has become of those begun before, and the memory with what was learnt of it."""
+
+
+class Course(msgspec.Struct, frozen=True, kw_only=True):
+    """How is decided, until the config says otherwise."""
+
+    pipeline: Pipeline
+    text: str
+    """Stands for the pipeline in the journal."""
+    mode: Literal["act", "advise"] = "act"
+    challengers: Mapping[str, Pipeline] = {}
 
 
 class Controller:
@@ -39,21 +55,21 @@ class Controller:
         observer: Observer,
         actuator: Actuator,
         journal: Journal,
-        pipeline: Pipeline,
+        course: Course,
         *,
-        text: str,
+        memory: Memory,
         epoch: int,
-        mode: Literal["act", "advise"] = "act",
-        challengers: Mapping[str, Pipeline] | None = None,
         clock: Callable[[], float],
+        passed: Callable[[ClusterSnapshot, Decision, float], None] = lambda *_: None,
         period_s: float = PERIOD_S,
     ) -> None:
-        """text: stands for the pipeline in the journal. clock: seconds that never step back. epoch: above that of all before."""
-        self.memory = recall(journal)
+        """clock: seconds that never step back. epoch: above that of all before. passed: told of each pass and its seconds."""
+        self.memory = memory
+        self.course = course
         self.failures = self.unwritten = 0
-        self._observer, self._actuator, self._journal, self._pipeline = observer, actuator, journal, pipeline
-        self._text, self._epoch, self._mode, self._clock, self._period_s = text, epoch, mode, clock, period_s
-        self._challengers = challengers or {}
+        self._observer, self._actuator, self._journal = observer, actuator, journal
+        self._epoch, self._clock, self._passed, self._period_s = epoch, clock, passed, period_s
+        self._words: list[tuple[Callable[[Memory], Memory], asyncio.Future[None]]] = []
 
     async def run(self) -> None:
         """For ever. A pass that takes longer than the period delays the next; none is made up for."""
@@ -66,30 +82,51 @@ class Controller:
                 log.exception("pass %d did nothing", self.memory.pass_number)
             await asyncio.sleep(max(0.0, began_s + self._period_s - self._clock()))
 
+    async def say(self, change: Callable[[Memory], Memory]) -> None:
+        """An operator's word. It counts from the next pass on; returns once that pass is written down."""
+        said: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._words.append((change, said))
+        await said
+
     async def once(self) -> Decision:
         """One pass."""
+        began_s, course = self._clock(), self.course
+        said = self._heed()
         snapshot = await self._observer.observe(self.memory)
-        decision = self._pipeline.decide(snapshot)
+        decision = course.pipeline.decide(snapshot)
         if decision.failed:
             self.failures += 1
             log.error("pass %d did nothing: %s", snapshot.pass_number, decision.failed)
-        shadows = {name: pipeline.decide(snapshot) for name, pipeline in self._challengers.items()}
-        self._write(
-            Entry(epoch=self._epoch, pipeline=self._text, mode=self._mode, snapshot=snapshot, decision=decision, shadows=shadows)
+        shadows = {name: pipeline.decide(snapshot) for name, pipeline in course.challengers.items()}
+        entry = Entry(
+            epoch=self._epoch, pipeline=course.text, mode=course.mode, snapshot=snapshot, decision=decision, shadows=shadows
         )
-        acts = self._mode == "act"
-        self.memory = after(self.memory, snapshot, decision, applied=acts)
+        self._write(entry.number, lambda: self._journal.write(entry))
+        for word in said:
+            word.cancelled() or word.set_result(None)
+        acts = course.mode == "act"
+        settled = self._actuator.settle(snapshot, after(self.memory, snapshot, decision, applied=acts))
+        self.memory = settled.memory
+        if settled.outcomes:
+            self._write(entry.number, lambda: self._journal.add(settled.outcomes))
         if acts:
             self._actuator.apply(snapshot.pass_number, decision.actions)
+        self._passed(snapshot, decision, self._clock() - began_s)
         return decision
 
-    def _write(self, entry: Entry) -> None:
+    def _heed(self) -> list[asyncio.Future[None]]:
+        words, self._words = self._words, []
+        for change, _ in words:
+            self.memory = change(self.memory)
+        return [said for _, said in words]
+
+    def _write(self, number: int, write: Callable[[], None]) -> None:
         """The fleet is controlled on while the disk is full; only the record of it is lost, and counted."""
         try:
-            self._journal.write(entry)
+            write()
         except OSError as error:
             self.unwritten += 1
-            log.error("pass %d is not in the journal: %s", entry.number, error)
+            log.error("pass %d is not wholly in the journal: %s", number, error)
 
 
 def recall(journal: Journal) -> Memory:

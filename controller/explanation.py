@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from cluster.actions import Action, ChangeRole, DrainReplica, StartReplica
+from cluster.actions import Action, ChangeRole, Decision, DrainReplica, Dropped, ScaleRole, StartReplica
 from cluster.errors import InvalidRequest
-from controller.journal import Entry, Journal, Outcome
+from cluster.replica import Phase
+from controller.journal import Entry, Journal, Outcome, groups_of
 from controller.pipelines import from_text
-from policies.counterfactual import Flip, asked, flips, outcome
+from policies.counterfactual import Counterfactual, Flip, Unnamed, asked, outcome
+
+MOST_TURNED = 6  # Groups whose turning points are looked for unasked: at a thousand replicas of many models each takes a second.
+ALIKE = 0.6  # Of two names, above which one may be a slip of the pen for the other.
+MOST_LIKE = 3
+
+Told = Callable[[int, int], None]
+"""Told how many levers of how many have been turned."""
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """An action, and what became of it."""
+
+    action: str
+    why: str
+    became: str
+    """`done`, what went wrong, or `under way`; where nothing is carried out, `only advised`."""
+    took_s: float | None = None
+    """From the decision; None where nothing has become of it."""
+
+
+class Objection(msgspec.Struct, frozen=True, kw_only=True):
+    """A proposal that is not carried out, or not as proposed."""
+
+    proposal: str
+    reason: str
+    """Why it was proposed."""
+    by: str
+    why: str
+    """What stood in its way."""
 
 
 class GroupAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,16 +50,24 @@ class GroupAnswer(msgspec.Struct, frozen=True, kw_only=True):
     group: str
     before: int
     after: int
+    present: int
+    """Replicas that served or were about to."""
+    missing: tuple[str, ...]
+    """Those that were lost, each with its node."""
     outcome: str
     why: str
     numbers: Mapping[str, float]
     runner_up: str
-    actions: tuple[str, ...]
-    """What was done for it, each with what became of it where that is known."""
-    objections: tuple[str, ...]
-    """What else was proposed, and what stood in its way."""
+    actions: tuple[Step, ...]
+    dropped: tuple[Objection, ...]
     flips: tuple[Flip, ...]
     """Nearest first."""
+    unturned: tuple[str, ...]
+    """Levers that turn nothing within their reach."""
+    sought: bool
+    """Whether turning points were looked for: of all groups asked for by name, else of the first `MOST_TURNED`."""
+    window_s: float
+    """The time before the pass over which demand and lengths are means; 0 where nothing is known of them."""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +78,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     mode: str
     failed: str
+    """Why nothing was decided; empty otherwise."""
     groups: tuple[GroupAnswer, ...]
 
 
@@ -50,8 +90,8 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     again: str
 
 
-def explain(journal: Journal, number: int, only: str | None = None) -> Answer:
-    """A pass. `only`: a group's name, a role, or a replica's id; else all groups with actions, or all if there are none.
+def explain(journal: Journal, number: int, only: str | None = None, *, told: Told = lambda done, of: None) -> Answer:
+    """A pass. `only`: a group's name, a role, or a replica's id; else all groups that something was done or dropped for, or all.
 
     Raises InvalidRequest where the journal has no such pass or the pass no such group or replica.
     """
@@ -59,11 +99,17 @@ def explain(journal: Journal, number: int, only: str | None = None) -> Answer:
         entry = journal.entry(number)
     except KeyError:
         raise InvalidRequest(f"pass {number} is not in the journal", param="pass") from None
+    parts = [_Part(entry, name, only) for name in _names(entry, only)]
+    sought = [] if entry.decision.failed else parts if only is not None else parts[:MOST_TURNED]
+    turned = _turned(entry, sought, told)
     outcomes = {one.action: one for one in journal.outcomes(number)}
-    names = _names(entry, only)
-    groups = tuple(_group(entry, name, outcomes) for name in names)
     return Answer(
-        number=number, at_s=entry.snapshot.now_s, epoch=entry.epoch, mode=entry.mode, failed=entry.decision.failed, groups=groups
+        number=number,
+        at_s=entry.snapshot.now_s,
+        epoch=entry.epoch,
+        mode=entry.mode,
+        failed=entry.decision.failed,
+        groups=tuple(part.answer(outcomes, turned.get(part.name)) for part in parts),
     )
 
 
@@ -79,57 +125,8 @@ def replay(journal: Journal) -> Iterator[tuple[int, Difference | None]]:
         yield entry.number, Difference(number=entry.number, recorded=recorded.decode(), again=now.decode()) if differs else None
 
 
-def _as_recorded(decision: object) -> object:
-    """Through the journal's encoding and back: whole numbers in fields of floats become floats."""
-    return msgspec.msgpack.decode(msgspec.msgpack.encode(decision), type=type(decision))
-
-
-def _names(entry: Entry, only: str | None) -> list[str]:
-    snapshot, decision = entry.snapshot, entry.decision
-    if only is None:
-        touched = {name for action in decision.actions for name in _groups_of(entry, action)}
-        return sorted(touched) or [group.name for group in snapshot.groups]
-    of_replica = {replica.group for replica in snapshot.replicas if replica.replica_id == only}
-    of_replica |= {name for action in decision.actions if only in action.claims for name in _groups_of(entry, action)}
-    of_role = {group.name for group in snapshot.groups if only in (group.name, group.role.value)}
-    if not of_replica | of_role:
-        known = ", ".join(group.name for group in snapshot.groups)
-        raise InvalidRequest(f"{only} is no replica, role or group of pass {entry.number}; groups are {known}", param="only")
-    return sorted(of_replica | of_role)
-
-
-def _groups_of(entry: Entry, action: Action) -> tuple[str, ...]:
-    match action:
-        case ChangeRole():
-            return (action.source, action.target)
-        case StartReplica():
-            return (action.group,)
-        case DrainReplica():
-            return tuple(one.group for one in entry.snapshot.replicas if one.replica_id == action.replica_id)
-        case _:
-            return action.claims
-
-
-def _group(entry: Entry, name: str, outcomes: Mapping[int, Outcome]) -> GroupAnswer:
-    snapshot, decision = entry.snapshot, entry.decision
-    wish = asked(decision, name)
-    done = [(index, action) for index, action in enumerate(decision.actions) if name in _groups_of(entry, action)]
-    turned = flips(from_text(entry.pipeline).decide, snapshot, name, wish.reason.levers) if wish else ()
-    return GroupAnswer(
-        group=name,
-        before=snapshot.group_by_name[name].wanted,
-        after=decision.targets.get(name, snapshot.group_by_name[name].wanted),
-        outcome=outcome(decision, name),
-        why=wish.reason.text if wish else decision.failed,
-        numbers=wish.reason.numbers if wish else {},
-        runner_up=wish.reason.runner_up if wish else "",
-        actions=tuple(f"{_said(action)}: {_became(outcomes.get(index))}" for index, action in done),
-        objections=tuple(f"{one.by}: {one.why}" for one in decision.dropped if name in one.action.claims),
-        flips=turned,
-    )
-
-
-def _said(action: Action) -> str:
+def said(action: Action) -> str:
+    """An action in words."""
     match action:
         case StartReplica():
             return f"start {action.replica_id} on {action.node}"
@@ -137,9 +134,123 @@ def _said(action: Action) -> str:
             return f"drain {action.replica_id}"
         case ChangeRole():
             return f"{action.replica_id} becomes {action.role.value}"
-        case _:
+        case ScaleRole():
             return f"{action.group} to {action.replicas}"
 
 
-def _became(known: Outcome | None) -> str:
-    return "under way" if known is None else known.outcome
+def reason_of(decision: Decision, group: str) -> str:
+    """Why a group's target is what it is, in a line."""
+    wish = asked(decision, group)
+    if wish is not None:
+        return wish.reason.text
+    return f"the pass did nothing: {decision.failed}" if decision.failed else "nothing that was proposed for it went through"
+
+
+class _Part:
+    """A group's part in a pass."""
+
+    def __init__(self, entry: Entry, name: str, only: str | None) -> None:
+        snapshot, decision = entry.snapshot, entry.decision
+        self._entry, self._name = entry, name
+        self._wish = asked(decision, name)
+        mine = [(index, one) for index, one in enumerate(decision.actions) if name in groups_of(snapshot, one)]
+        of_replica = [(index, one) for index, one in mine if only is not None and only in one.claims and only != name]
+        self._actions = of_replica or mine
+        self._dropped = [one for one in decision.dropped if name in groups_of(snapshot, one.action)]
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def levers(self) -> tuple[str, ...]:
+        """Of the wish that went through; else of all that did not."""
+        if self._wish is not None:
+            return self._wish.reason.levers
+        return tuple(dict.fromkeys(lever for one in self._dropped for lever in one.action.reason.levers))
+
+    def answer(self, outcomes: Mapping[int, Outcome], flips: Sequence[Flip] | None) -> GroupAnswer:
+        """`flips`: None where they were not looked for."""
+        snapshot, decision, reason = self._entry.snapshot, self._entry.decision, self._wish and self._wish.reason
+        before = snapshot.group_by_name[self._name].wanted
+        turning = {flip.lever for flip in flips or ()}
+        workload = snapshot.workload_by_model.get(snapshot.group_by_name[self._name].model)
+        return GroupAnswer(
+            group=self._name,
+            before=before,
+            after=decision.targets.get(self._name, before),
+            present=sum(replica.present for replica in snapshot.replicas_by_group[self._name]),
+            missing=self._missing(),
+            outcome=outcome(decision, self._name),
+            why=reason_of(decision, self._name),
+            numbers=reason.numbers if reason else {},
+            runner_up=reason.runner_up if reason else "",
+            actions=tuple(self._step(action, outcomes.get(index)) for index, action in self._actions),
+            dropped=tuple(_objection(one) for one in self._dropped),
+            flips=tuple(flips or ()),
+            unturned=() if flips is None else tuple(lever for lever in self.levers if lever not in turning),
+            sought=flips is not None,
+            window_s=len(workload.buckets) * workload.bucket_s if workload else 0.0,
+        )
+
+    def _missing(self) -> tuple[str, ...]:
+        snapshot = self._entry.snapshot
+        lost = (replica for replica in snapshot.replicas_by_group[self._name] if replica.phase is Phase.LOST)
+        dead = {node.name for node in snapshot.nodes if not node.alive}
+        return tuple(f"{one.replica_id} on {one.node}" + (", which is dead" if one.node in dead else "") for one in lost)
+
+    def _step(self, action: Action, known: Outcome | None) -> Step:
+        became = "only advised" if self._entry.mode == "advise" else "under way"
+        return Step(
+            action=said(action),
+            why=action.reason.text,
+            became=became if known is None else known.outcome,
+            took_s=None if known is None else round(known.at_s - self._entry.snapshot.now_s, 3),
+        )
+
+
+def _turned(entry: Entry, parts: Sequence[_Part], told: Told) -> dict[str, Sequence[Flip]]:
+    """The flips of each part, by its name."""
+    if not parts:
+        return {}
+    pipeline = msgspec.structs.replace(from_text(entry.pipeline), expansion=Unnamed())
+    counterfactual = Counterfactual(pipeline.decide, entry.snapshot)
+    turns = [(part.name, lever) for part in parts for lever in part.levers]
+    found: dict[str, list[Flip]] = {part.name: [] for part in parts}
+    for done, (name, lever) in enumerate(turns):
+        told(done, len(turns))
+        found[name] += counterfactual.flips(name, (lever,))
+    return {name: sorted(flips, key=lambda flip: flip.distance) for name, flips in found.items()}
+
+
+def _as_recorded(decision: Decision) -> Decision:
+    """Through the journal's encoding and back: whole numbers in fields of floats become floats."""
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(decision), type=Decision)
+
+
+def _names(entry: Entry, only: str | None) -> list[str]:
+    """The groups to tell about, in order."""
+    snapshot, decision = entry.snapshot, entry.decision
+    if only is None:
+        touched = {name for action in decision.actions for name in groups_of(snapshot, action)}
+        stopped = {name for one in decision.dropped for name in groups_of(snapshot, one.action)} - touched
+        return [*sorted(touched), *sorted(stopped)] or [group.name for group in snapshot.groups]
+    of_replica = {replica.group for replica in snapshot.replicas if replica.replica_id == only}
+    of_replica |= {name for action in decision.actions if only in action.claims for name in groups_of(snapshot, action)}
+    of_role = {group.name for group in snapshot.groups if only in (group.name, group.role.value)}
+    if not of_replica | of_role:
+        raise InvalidRequest(_unknown(entry, only), param="only")
+    return sorted(of_replica | of_role)
+
+
+def _unknown(entry: Entry, name: str) -> str:
+    snapshot = entry.snapshot
+    groups = [group.name for group in snapshot.groups]
+    known = [*groups, *{group.role.value for group in snapshot.groups}, *(one.replica_id for one in snapshot.replicas)]
+    near = difflib.get_close_matches(name, known, MOST_LIKE, ALIKE)
+    meant = f"; near it are {', '.join(near)}" if near else ""
+    return f"{name} is no replica, role or group of pass {entry.number}{meant}; groups are {', '.join(groups)}"
+
+
+def _objection(one: Dropped) -> Objection:
+    return Objection(proposal=said(one.action), reason=one.action.reason.text, by=one.by, why=one.why)

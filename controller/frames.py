@@ -18,7 +18,7 @@ from cluster.replica import Load, Phase
 from cluster.snapshot import ClusterSnapshot, Demand, ReplicaState, Workload
 
 COMPRESSION = 6
-DECIMALS: Mapping[str, int] = {"at_s": 1, "load_age_s": 1, "step_s": 5, "power_w": 0, "overrun_share": 2}
+DECIMALS: Mapping[str, int] = {"at_s": 1, "load_age_s": 1, "step_s": 5, "slowdown": 2, "power_w": 0, "overrun_share": 2}
 BUCKET_DECIMALS: Mapping[str, int] = {
     "requests": 3,
     "prompt_tokens": 1,

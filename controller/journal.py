@@ -6,14 +6,16 @@ A pass is written before its actions are carried out. Snapshots are frames (`fra
 from __future__ import annotations
 
 import contextlib
+import math
 import sqlite3
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import assert_never
 
 import msgspec
 
-from cluster.actions import Decision
+from cluster.actions import Action, ChangeRole, Decision, DrainReplica, ScaleRole, StartReplica
 from cluster.errors import InvalidTrace
 from cluster.snapshot import ClusterSnapshot
 from controller.frames import decode, encode
@@ -32,9 +34,13 @@ CREATE TABLE IF NOT EXISTS passes (
     number INTEGER PRIMARY KEY, at_s REAL NOT NULL, epoch INTEGER NOT NULL, pipeline INTEGER NOT NULL REFERENCES pipelines,
     mode TEXT NOT NULL, keyframe INTEGER NOT NULL, changes INTEGER NOT NULL, frame BLOB NOT NULL, decision BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS passes_by_time ON passes (at_s);
+CREATE INDEX IF NOT EXISTS passes_that_act ON passes (number, at_s) WHERE changes > 0;
 CREATE TABLE IF NOT EXISTS shadows (
     number INTEGER NOT NULL, name TEXT NOT NULL, decision BLOB NOT NULL, PRIMARY KEY (number, name));
 CREATE TABLE IF NOT EXISTS outcomes (number INTEGER NOT NULL, action INTEGER NOT NULL, at_s REAL NOT NULL, outcome TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS outcomes_by_pass ON outcomes (number);
+CREATE TABLE IF NOT EXISTS touches (
+    subject TEXT NOT NULL, number INTEGER NOT NULL, at_s REAL NOT NULL, PRIMARY KEY (subject, number)) WITHOUT ROWID;
 """
 
 
@@ -65,6 +71,16 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def number(self) -> int:
         return self.snapshot.pass_number
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """What was decided in one pass, without what was seen: quick to read."""
+
+    number: int
+    at_s: float
+    mode: str
+    decision: Decision
+    shadows: Mapping[str, Decision] = {}
 
 
 class Journal:
@@ -111,15 +127,29 @@ class Journal:
             )
             shadows = [(entry.number, name, _packed(decision)) for name, decision in entry.shadows.items()]
             self._db.executemany("INSERT INTO shadows VALUES (?, ?, ?)", shadows)
+            touches = [(subject, entry.number, entry.snapshot.now_s) for subject in sorted(_touched(entry))]
+            self._db.executemany("INSERT INTO touches VALUES (?, ?, ?)", touches)
         self._before = entry.snapshot
         self._since_keyframe = 1 if whole else self._since_keyframe + 1
         if entry.number % PRUNE_EVERY == 0:
             self.prune()
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcomes: Iterable[Outcome]) -> None:
         with _as_os_error(self._path), self._db:
-            row = (outcome.number, outcome.action, outcome.at_s, outcome.outcome)
-            self._db.execute("INSERT INTO outcomes VALUES (?, ?, ?, ?)", row)
+            rows = [(one.number, one.action, one.at_s, one.outcome) for one in outcomes]
+            self._db.executemany("INSERT INTO outcomes VALUES (?, ?, ?, ?)", rows)
+
+    def unsettled(self, since_s: float) -> tuple[tuple[int, int, float, Action], ...]:
+        """Actions since a time of which no outcome is known, oldest first: pass, index, the pass's time, action."""
+        rows = self._db.execute(
+            "SELECT number, at_s, decision FROM passes WHERE changes > 0 AND mode = 'act' AND at_s >= ? ORDER BY number", (since_s,)
+        )
+        found = []
+        for number, at_s, decision in rows.fetchall():
+            settled = {outcome.action for outcome in self.outcomes(number)}
+            actions = enumerate(_unpacked(decision).actions)
+            found += [(number, index, at_s, action) for index, action in actions if index not in settled]
+        return tuple(found)
 
     def prune(self) -> None:
         """Delete the oldest passes, keyframe by keyframe, until the file's content is within its bound."""
@@ -128,7 +158,7 @@ class Journal:
             if len(keys) < 2:
                 return
             with _as_os_error(self._path), self._db:
-                for table in ("passes", "shadows", "outcomes"):
+                for table in ("passes", "shadows", "outcomes", "touches"):
                     self._db.execute(f"DELETE FROM {table} WHERE number < ?", keys[1])
                 self._db.execute("PRAGMA incremental_vacuum")
 
@@ -143,18 +173,29 @@ class Journal:
         number = self._db.execute("SELECT max(number) FROM passes").fetchone()[0]
         return None if number is None else self.entry(number)
 
-    def last_change(self, until_s: float | None = None) -> int | None:
-        """Number of the latest pass that had something done, before a time; None without any."""
-        bound = 1e18 if until_s is None else until_s
-        number: int | None = self._db.execute(
-            "SELECT max(number) FROM passes WHERE changes > 0 AND at_s <= ?", (bound,)
-        ).fetchone()[0]
-        return number
+    def last_change(self, until_s: float = math.inf) -> int | None:
+        """Number of the latest pass that had something done, up to a time; None without any."""
+        return self._number("SELECT number FROM passes WHERE changes > 0 AND at_s <= ? ORDER BY number DESC LIMIT 1", until_s)
+
+    def last_touch(self, subject: str, until_s: float = math.inf) -> int | None:
+        """Number of the latest pass with an action on a group, a role's groups or a replica, up to a time; None without any."""
+        query = "SELECT number FROM touches WHERE subject = ? AND at_s <= ? ORDER BY number DESC LIMIT 1"
+        found = self._number(query, subject, until_s)
+        return found if found is not None else self._last_naming(subject, until_s)
+
+    def _last_naming(self, replica_id: str, until_s: float) -> int | None:
+        """Replicas are not in the index: in a fleet that is only advised they would weigh more than its passes."""
+        query = "SELECT number, decision FROM passes WHERE changes > 0 AND at_s <= ? ORDER BY number DESC"
+        for number, decision in self._db.execute(query, (until_s,)):
+            # Decoding costs more than to look for the name, which may be a part of another's.
+            named = replica_id.encode() in zlib.decompress(decision)
+            if named and any(replica_id in action.claims for action in _unpacked(decision).actions):
+                return int(number)
+        return None
 
     def at(self, now_s: float) -> int | None:
         """Number of the pass in force at a time; None before the first."""
-        number: int | None = self._db.execute("SELECT max(number) FROM passes WHERE at_s <= ?", (now_s,)).fetchone()[0]
-        return number
+        return self._number("SELECT number FROM passes WHERE at_s <= ? ORDER BY at_s DESC, number DESC LIMIT 1", now_s)
 
     def entry(self, number: int) -> Entry:
         """Raises KeyError for a pass that is not here any more, or never was."""
@@ -188,12 +229,77 @@ class Journal:
         rows = self._db.execute("SELECT * FROM outcomes WHERE number = ? ORDER BY action, at_s", (number,))
         return tuple(Outcome(number=row[0], action=row[1], at_s=row[2], outcome=row[3]) for row in rows)
 
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """Times of the first and the last pass; None in an empty journal."""
+        first, last = self._db.execute("SELECT min(at_s), max(at_s) FROM passes").fetchone()
+        return None if first is None else (first, last)
+
+    def count(self, since_s: float = -math.inf) -> int:
+        """Passes since a time."""
+        number: int = self._db.execute("SELECT count(*) FROM passes WHERE at_s >= ?", (since_s,)).fetchone()[0]
+        return number
+
+    def first_since(self, since_s: float) -> int | None:
+        """Number of the first pass since a time; None without any."""
+        return self._number("SELECT number FROM passes WHERE at_s >= ? ORDER BY at_s, number LIMIT 1", since_s)
+
+    def changes(self, since_s: float = -math.inf, *, most: int) -> list[Choice]:
+        """The latest passes that had something done, in order, without their shadows."""
+        rows = self._db.execute(
+            "SELECT number, at_s, mode, decision FROM passes WHERE changes > 0 AND at_s >= ? ORDER BY number DESC LIMIT ?",
+            (since_s, most),
+        )
+        return [Choice(number=row[0], at_s=row[1], mode=row[2], decision=_unpacked(row[3])) for row in rows][::-1]
+
+    def choices(self, since_s: float = -math.inf) -> Iterator[Choice]:
+        """Every pass since a time, in order."""
+        query = "SELECT number, at_s, mode, decision FROM passes WHERE number >= ? ORDER BY number"
+        first = self.first_since(since_s)
+        if first is None:
+            return
+        for number, at_s, mode, decision in self._db.execute(query, (first,)):
+            shadows = self._shadows(number)
+            yield Choice(number=number, at_s=at_s, mode=mode, decision=_unpacked(decision), shadows=shadows)
+
+    def keyframe(self, number: int) -> ClusterSnapshot:
+        """The last snapshot that was kept whole, up to a pass. Raises KeyError where there is none."""
+        query = "SELECT frame FROM passes WHERE keyframe AND number <= ? ORDER BY number DESC LIMIT 1"
+        row = self._db.execute(query, (number,)).fetchone()
+        if row is None:
+            raise KeyError(number)
+        return decode(row[0])
+
     def close(self) -> None:
         self._db.close()
+
+    def _number(self, query: str, *values: object) -> int | None:
+        row = self._db.execute(query, values).fetchone()
+        return None if row is None else int(row[0])
 
     def _shadows(self, number: int) -> dict[str, Decision]:
         rows = self._db.execute("SELECT name, decision FROM shadows WHERE number = ? ORDER BY name", (number,))
         return {name: _unpacked(decision) for name, decision in rows}
+
+
+def groups_of(snapshot: ClusterSnapshot, action: Action) -> tuple[str, ...]:
+    """Names of the groups that an action is about."""
+    match action:
+        case ScaleRole() | StartReplica():
+            return (action.group,)
+        case ChangeRole():
+            return (action.source, action.target)
+        case DrainReplica():
+            return tuple(one.group for one in snapshot.replicas if one.replica_id == action.replica_id)
+        case _:
+            assert_never(action)
+
+
+def _touched(entry: Entry) -> set[str]:
+    """Groups and roles that `Journal.last_touch` finds the pass by."""
+    groups = {name for action in entry.decision.actions for name in groups_of(entry.snapshot, action)}
+    known = entry.snapshot.group_by_name
+    return groups | {known[name].role.value for name in groups if name in known}
 
 
 def _connect(path: Path, read_only: bool) -> sqlite3.Connection:

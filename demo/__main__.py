@@ -1,38 +1,44 @@
-"""`make demo`: a fleet, two minutes of load, a killed decode worker, and what the clients saw of it."""
+"""`make demo`: a fleet, five minutes of traffic that changes, a killed node, and every decision with its reason."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import msgspec
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
-from cli.fleet_home import FleetHome, FleetStatus
-from cli.status import fetch, table
+from cli.ask import ask
+from cli.fleet_home import FleetHome
+from cli.status import fetch, screen
 from cluster.record import TraceRow
 from cluster.slo import Slo
+from controller.explanation import GroupAnswer, explain
+from controller.journal import Journal
+from controller.status import FleetStatus
+from demo.picture import draw
 from workloads.client import Load, Target, run
-from workloads.plot import Mark, plot
+from workloads.plot import Mark
 from workloads.report import render, summarise
 from workloads.traces import open_trace
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / ".mobula"
 CONFIG = HERE / "cluster.yaml"
-TRACE = HERE / "burst.jsonl"
+TRACE = HERE / "traffic.jsonl"
 MODEL = "tiny-dense"
 FLEET = FleetHome("demo")
-SLO = Slo(ttft_s=0.5, tpot_s=0.1)
-KILL_AT_S = 60.0  # In the middle of the burst.
+SLO = Slo(ttft_s=2.0, tpot_s=0.15)
+KILL_AT_S = 190.0
+VICTIM = "l4-b"
 REFRESH_S = 0.5
 SHOWN_TEXTS = 3
 
@@ -44,16 +50,15 @@ def main() -> int:
         return up  # It has said why.
     try:
         url = fetch(FLEET).url
-        load, marks = asyncio.run(burst(list(open_trace(TRACE)), url, console))
+        began_s = time.time()
+        load, kill = asyncio.run(show(list(open_trace(TRACE)), url, console))
     finally:
         mobula("down", FLEET.path.name)
     report = summarise(load, SLO, workload=TRACE.name, target=f"{MODEL} at {url}")
     console.print(render(report))
     show_texts(console, load)
-    picture = OUT / "demo.png"
-    plot(load, SLO, picture, title="A burst on 1 prefill and 2 decode replicas", marks=marks)
+    with_reasons(console, began_s, load, kill)
     (OUT / "demo.json").write_bytes(msgspec.json.encode(report))
-    console.print(f"plot: {picture}\nreport: {OUT / 'demo.json'}", highlight=False)
     return int(report.completed < report.requests)
 
 
@@ -61,39 +66,34 @@ def mobula(*arguments: str) -> int:
     return subprocess.run([sys.executable, "-m", "cli.main", *arguments], check=False).returncode
 
 
-async def burst(rows: list[TraceRow], url: str, console: Console) -> tuple[Load, list[Mark]]:
-    """Replay the rows, killing a decode worker on the way, with the fleet's table on screen."""
+async def show(rows: list[TraceRow], url: str, console: Console) -> tuple[Load, Mark]:
+    """Replay the rows, killing a node on the way, with the fleet's tables on screen."""
     load = Load()
     replay = asyncio.create_task(run(rows, Target(url=url, model=MODEL, text=True), load))
-    killer = asyncio.create_task(kill_a_decode_worker(console))
+    killer = asyncio.create_task(kill_a_node(console))
     started_s = time.monotonic()
     with Live(console=console, refresh_per_second=2) as live:
         while not replay.done():
-            # Apart from the loop, which times tokens: a supervisor that asks a dead worker takes seconds to answer.
-            now = await asyncio.to_thread(fetch, FLEET)
-            live.update(screen(now, load, len(rows), time.monotonic() - started_s))
+            now = await asyncio.to_thread(fetch, FLEET)  # Apart from the loop, which times tokens.
+            live.update(progress(now, load, len(rows), time.monotonic() - started_s))
             await asyncio.wait([replay], timeout=REFRESH_S)
     await replay
-    return load, [await killer]
+    return load, await killer
 
 
-def screen(now: FleetStatus, load: Load, total: int, elapsed_s: float) -> Group:
+def progress(now: FleetStatus, load: Load, total: int, elapsed_s: float) -> Group:
     done = len(load.samples)
     failed = sum(not sample.timing.completed for sample in load.samples)
     line = Text(f"{elapsed_s:5.0f} s   {done} of {total} requests done, {load.in_flight} in flight, {failed} failed")
-    return Group(table(now), ProgressBar(total=total, completed=done), line)
+    return Group(screen(now), ProgressBar(total=total, completed=done), line)
 
 
-async def kill_a_decode_worker(console: Console) -> Mark:
-    """kill -9 the busiest decode worker once the burst is on."""
+async def kill_a_node(console: Console) -> Mark:
+    """kill -9 of all that runs on it."""
     await asyncio.sleep(KILL_AT_S)
-    now = await asyncio.to_thread(fetch, FLEET)
-    decoders = [row for row in now.replicas if row.role == "decode" and row.pid]
-    victim = max(decoders, key=lambda row: row.running)
-    assert victim.pid is not None
-    os.kill(victim.pid, signal.SIGKILL)
-    console.print(f"{KILL_AT_S:.0f} s: kill -9 {victim.pid}, which was {victim.replica_id}", style="bold red")
-    return Mark(KILL_AT_S, f"kill {victim.replica_id}")
+    said = await asyncio.to_thread(ask, FLEET, "chaos", str, what="kill", kind="node", target=VICTIM)
+    console.print(f"{KILL_AT_S:.0f} s: {said}", style="bold red", highlight=False)
+    return Mark(KILL_AT_S, f"kill -9 {VICTIM}")
 
 
 def show_texts(console: Console, load: Load) -> None:
@@ -101,6 +101,42 @@ def show_texts(console: Console, load: Load) -> None:
     told = [sample for sample in load.samples if len(sample.text) > 60][:SHOWN_TEXTS]
     for sample in told:
         console.print(Text(f"> {' '.join(sample.text.split())[:160]}", style="italic"))
+
+
+def with_reasons(console: Console, began_s: float, load: Load, kill: Mark) -> None:
+    """Every decision from the journal, with its reason and what would have turned it; and the picture."""
+    journal = Journal(FLEET.journal_path, read_only=True)
+    marks, decided = [kill], []
+    counts: dict[str, list[tuple[float, int, int]]] = {}
+    for entry in journal.entries():
+        snapshot, at_s = entry.snapshot, entry.snapshot.now_s - began_s
+        if at_s < 0.0:
+            continue
+        for group in snapshot.groups:
+            ready = sum(one.phase.value == "ready" for one in snapshot.replicas_by_group[group.name])
+            counts.setdefault(group.role.value, []).append((at_s, ready, entry.decision.targets[group.name]))
+        if entry.decision.actions:
+            marks += [Mark(at_s, action.words) for action in entry.decision.actions]
+            decided.append((at_s, entry.number))
+    table = Table(title="Decisions", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("s", "decision", "why", "what would have turned it"):
+        table.add_column(heading, overflow="fold")
+    for at_s, number in decided:
+        for answer in explain(journal, number).groups:
+            table.add_row(f"{at_s:.0f}", "\n".join(answer.actions), answer.why, flip(answer))
+    console.print(table)
+    picture = OUT / "demo.png"
+    draw(load, SLO, counts, sorted(marks, key=lambda mark: mark.at_s), picture, "Five minutes on four L4-like machines")
+    console.print(f"picture: {picture}\nreport: {OUT / 'demo.json'}\njournal: {FLEET.journal_path}", highlight=False)
+    mobula("journal", "replay", FLEET.path.name)
+
+
+def flip(answer: GroupAnswer) -> str:
+    """The nearest."""
+    if not answer.flips:
+        return "-"
+    nearest = answer.flips[0]
+    return f"{nearest.lever} {nearest.turns_at:.3g} {nearest.unit} instead of {nearest.was:.3g}: {nearest.outcome}"
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.openai import MAX_CHOICES, Body, decode, error_answer, error_body, sampling, within
 from gateway.request_log import RequestLog
 from gateway.schema import describe, operation
+from gateway.telemetry import Push, push_samples
 from gateway.tokenizer import ChatTokenizer, load_tokenizer
 from policies.policy import Router
 from transports.transport import Transport
@@ -52,8 +53,13 @@ def build_app(
     router: Router,
     slos: Mapping[str, Slo],
     gateway_id: str = "",
+    address: str = "",
+    push: Push | None = None,
 ) -> FastAPI:
-    """The application; `app.state.gateway` is its Gateway. Raises InvalidConfig or InvalidModel before anything starts."""
+    """The application; `app.state.gateway` is its Gateway. Raises InvalidConfig or InvalidModel before anything starts.
+
+    push: is told the counters every second, as the instance `address`, own host:port; None tells nobody.
+    """
     gateway = Gateway(
         spec=spec,
         models=models,
@@ -62,6 +68,8 @@ def build_app(
         router=router,
         slos=slos,
         gateway_id=gateway_id or secrets.token_hex(8),
+        address=address,
+        push=push,
     )
     app = FastAPI(title="Mobula", version="1", lifespan=gateway.lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
@@ -94,11 +102,14 @@ class Gateway:
         router: Router,
         slos: Mapping[str, Slo],
         gateway_id: str,
+        address: str,
+        push: Push | None,
     ) -> None:
         if (spec.keys_file is not None) == spec.allow_anonymous:
             raise InvalidConfig("gateway: give either keys_file or allow_anonymous")
         self._spec = spec
-        self._metrics = GatewayMetrics()
+        self._metrics = GatewayMetrics(models)
+        self._address, self._push = address, push
         self._keys = None if spec.keys_file is None else Keyring(spec.keys_file, unreadable=self._metrics.keys_unreadable)
         self._tokenizers: dict[str, ChatTokenizer] = {name: load_tokenizer(model) for name, model in models.items()}
         self._slos = slos
@@ -122,10 +133,15 @@ class Gateway:
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self.dispatcher = self._make_dispatcher()
         self.dispatcher.start()
+        pushing = None
+        if self._push is not None:
+            pushing = asyncio.create_task(push_samples(functools.partial(self._metrics.samples, self._address), self._push))
         try:
             yield
         finally:
             await self.dispatcher.close()
+            if pushing is not None:
+                pushing.cancel()
             if self._log is not None:
                 await asyncio.to_thread(self._log.close)
 

@@ -12,6 +12,7 @@ import concurrent.futures
 import threading
 
 import msgspec
+import ray
 import uvloop
 from fastapi import FastAPI
 from ray import serve
@@ -19,16 +20,19 @@ from ray.serve.config import ProxyLocation
 
 from cluster.errors import Unreachable, error_in
 from cluster.fleet import Fleet
-from cluster.placement import namespace_of
+from cluster.metrics import Sample
+from cluster.placement import CONTROLLER_NAME, namespace_of
 from gateway.app import build_app
 from gateway.membership import follow_registry, known_gateways
 from gateway.port import refuse_strangers
 from gateway.routers import make_router
 from gateway.serve_process import drain_at_sigterm, stay_on_loopback
 from gateway.server import DRAIN_S, GatewayServer, address_of, listen
+from gateway.telemetry import Push
 from transports.grpc import GrpcTransport
 from transports.transport import Credential
 
+HEAD_NODE = "node:__internal_head__"  # A resource that Ray gives to the node of its head.
 START_S = 60.0  # The router's compilation, on a machine that never ran it, is most of it.
 
 
@@ -37,14 +41,17 @@ def application_of(fleet_name: str) -> str:
     return f"mobula-{fleet_name}"
 
 
-def deploy(fleet: Fleet, secret: str) -> None:
-    """Start the gateway's replicas; returns when all listen. Blocks. Raises what one raised, or Unreachable; nothing is left."""
+def deploy(fleet: Fleet, secret: str, on_head: bool = False) -> None:
+    """Start the gateway's replicas; returns when all listen. Blocks. Raises what one raised, or Unreachable; nothing is left.
+
+    on_head: on the node of Ray's head alone, where it is a node that hosts no worker.
+    """
     serve.start(proxy_location=ProxyLocation.Disabled)
     deployment = serve.deployment(
         GatewayReplica,
         name="gateway",
         num_replicas=fleet.gateway.replicas,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001} if on_head else {}},
         graceful_shutdown_timeout_s=DRAIN_S + 5,
         health_check_period_s=5,
     )
@@ -103,6 +110,22 @@ def _serve(fleet: Fleet, secret: str, started: concurrent.futures.Future[tuple[a
         runner.run(server.serve())
 
 
+def _pusher(namespace: str, address: str) -> Push:
+    """Tells the controller, found by name, this replica's counters; when they were taken it sees for itself."""
+    handle = None
+
+    async def push(at_s: float, samples: tuple[Sample, ...]) -> None:
+        nonlocal handle
+        try:
+            handle = handle or await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, namespace)
+            await handle.counted.remote(address, msgspec.msgpack.encode(samples))
+        except Exception:
+            handle = None
+            raise
+
+    return push
+
+
 def _application(fleet: Fleet, secret: str, address: str) -> FastAPI:
     transport = GrpcTransport(Credential(secret=secret, tls_dir=fleet.transport.tls_dir))
     return build_app(
@@ -112,4 +135,6 @@ def _application(fleet: Fleet, secret: str, address: str) -> FastAPI:
         transport=transport,
         router=make_router(fleet.routing),
         slos=fleet.slo,
+        address=address,
+        push=_pusher(namespace_of(fleet.name), address),
     )

@@ -19,13 +19,13 @@ from cluster.kv import KvNamespace, block_hashes
 from cluster.replica import Membership, Phase, Replica
 from cluster.slo import Slo
 from gateway.generation import Generation
-from transports.links import WorkerLinks
 from gateway.metrics import GatewayMetrics
 from gateway.request_log import RequestLog
 from policies.admission import AdmissionQueue, Admitted, Entry, Queued, Refused
 from policies.policy import Router
 from policies.route import Ask, Rejection, Route
 from policies.routing_view import FleetView
+from transports.links import WorkerLinks
 from transports.messages import Abort, BlockEvents, FromWorker, PrefillSource, Report, Resync, Submit, Tokens
 from transports.transport import Transport
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, generate_latest
 
 from cluster.errors import MobulaError
-from cluster.metrics import GATEWAY_METRICS, exporter
+from cluster.metrics import DEMAND_NAMES, GATEWAY_METRICS, Sample, exporter, samples
 from cluster.request import Request
 from gateway.generation import Generation
 
 
 class GatewayMetrics:
-    def __init__(self) -> None:
+    def __init__(self, models: Iterable[str] = ()) -> None:
+        """models: exported from the start, at zero, so that the first request is a rise and silence is no demand."""
         self._registry = CollectorRegistry()
         self._all = exporter(GATEWAY_METRICS, self._registry)
         self._of_model: dict[str, dict] = {}
+        for model in models:
+            self._model(model)
 
     def text(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def samples(self, instance: str) -> tuple[Sample, ...]:
+        """What a controller judges demand and latency by. `instance`: own host:port, as Prometheus would label what it scrapes."""
+        return samples(self._registry, DEMAND_NAMES, instance=instance)
 
     def arrived(self, request: Request) -> None:
         row, tokens = self._model(request.model), len(request.prompt)

@@ -18,6 +18,7 @@ from cluster.snapshot import ClusterSnapshot, Group, ReplicaState, Workload
 from policies import levers
 from policies.expansion import removal_order
 from policies.flow import Flow, Window, fallen, reaches_back, risen
+from policies.ranges import at_least
 from policies.sizing import Bounds, decode_fits, measured, prefill_fits, smallest
 
 
@@ -40,6 +41,10 @@ class Disaggregation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     change_s: float = 5.0
     """From drained to READY in the new role: weights stay, a batch is warmed."""
     emergency: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(1.0, margin=self.margin)
+        at_least(0.0, change_s=self.change_s)
 
     def decide(self, snapshot: ClusterSnapshot, accepted: Sequence[Action]) -> Sequence[Action]:
         actions: list[Action] = []

@@ -15,6 +15,7 @@ from cluster.actions import Action, DrainReplica, Dropped, ScaleRole, StartRepli
 from cluster.node import Market
 from cluster.replica import Phase
 from cluster.snapshot import ClusterSnapshot, Group, ReplicaState
+from policies.ranges import at_least
 
 _SERVES_LATER = {Phase.STARTING: 0, Phase.WARMING: 1}
 
@@ -29,6 +30,10 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     give_up_after: int = 5
     """Failed starts within `forget_s` after which a group starts nothing more until one is forgotten."""
     forget_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        at_least(0.0, drain_s=self.drain_s, avoid_s=self.avoid_s, forget_s=self.forget_s)
+        at_least(1, give_up_after=self.give_up_after)
 
     def expand(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> tuple[tuple[Action, ...], tuple[Dropped, ...]]:
         """Each ScaleRole replaced by starts and drains. Others pass, in their order."""
@@ -46,7 +51,7 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             ]
             missing = action.replicas - len(present)
             expanded += self._drains(snapshot, action, present, -missing)
-            starts, why = self._starts(snapshot, action, group, room, missing)
+            starts, why = self._starts(snapshot, _replacing(action, group, len(present)), group, room, missing)
             expanded += starts
             if len(starts) < missing:
                 why = f"{missing - len(starts)} of {missing} not started: {why}"
@@ -87,6 +92,14 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             DrainReplica(replica_id=one.replica_id, deadline_s=deadline_s, reason=action.reason, bundle=action.bundle)
             for one in leaving
         ]
+
+
+def _replacing(action: ScaleRole, group: Group, present: int) -> ScaleRole:
+    """Where no target rises, what is started is what is missing."""
+    if action.replicas != group.wanted:
+        return action
+    reason = msgspec.structs.replace(action.reason, text=f"{present} of the {action.replicas} that are wanted are there")
+    return msgspec.structs.replace(action, reason=reason)
 
 
 def removal_order(snapshot: ClusterSnapshot, replica: ReplicaState) -> tuple[int, bool, bool, int, float, str]:

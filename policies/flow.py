@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from cluster.snapshot import Demand, Workload
+from policies.ranges import at_least, positive
 
 
 class Flow(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,10 +49,19 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Windows in which a rise may show. The last one's mean is believed as it is: of a hundred requests or more, whose count swings
     by less than the utilisation bound leaves free."""
     fall_s: float = 180.0
-    """A fall is believed when no minute within it was busier. Longer than most lulls of a minute-scale burst (Azure 2023)."""
+    """A fall is believed when no part of it was busier. Longer than most lulls of a minute-scale burst (Azure 2023)."""
     fall_part_s: float = 60.0
+    """Length of such a part: of a shorter one the count says little."""
     sigmas: float = 3.0
     """Standard deviations of a count, one-sided 99.9 %: looked at each second, two would be passed by chance some times an hour."""
+
+    def __post_init__(self) -> None:
+        if not self.rise_s or list(self.rise_s) != sorted(set(self.rise_s)):
+            raise ValueError(f"rise_s {list(self.rise_s)} is not one window or more, shortest first")
+        positive(rise_s=self.rise_s[0], fall_s=self.fall_s, fall_part_s=self.fall_part_s)
+        at_least(0.0, sigmas=self.sigmas)
+        if self.fall_part_s > self.fall_s:
+            raise ValueError(f"fall_s {self.fall_s} is below {self.fall_part_s}, fall_part_s")
 
 
 def mix(buckets: Sequence[Demand], rate_rps: float, dispersion: float) -> Flow:

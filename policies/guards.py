@@ -11,6 +11,7 @@ from cluster.actions import Action, ChangeRole, Dropped, ScaleRole
 from cluster.replica import Phase
 from cluster.snapshot import ClusterSnapshot
 from policies.policy import Verdict
+from policies.ranges import at_least, positive, share
 
 
 class Paused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,6 +29,9 @@ class StaleTelemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     stale_s: float = 15.0
     """Age of a model's workload at which it is stale: three buckets of 5 s."""
+
+    def __post_init__(self) -> None:
+        positive(stale_s=self.stale_s)
 
     def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
         return _each(actions, "StaleTelemetry", lambda action: self._of(snapshot, action))
@@ -53,6 +57,11 @@ class RateOfChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Of the target, at one step down: the rest of the fleet must take over the streams that are resumed."""
     down_every_s: float = 15.0
     """Between two steps down of one group."""
+
+    def __post_init__(self) -> None:
+        at_least(0.0, up_share=self.up_share, down_every_s=self.down_every_s)
+        at_least(1, up_least=self.up_least)
+        share(down_share=self.down_share)
 
     def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
         return _each(actions, "RateOfChange", lambda action: self._of(snapshot, action))
@@ -80,6 +89,9 @@ class DisruptionBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     leaving_share: float = 0.34
     """Of the group's target; at least one may always leave."""
+
+    def __post_init__(self) -> None:
+        share(leaving_share=self.leaving_share)
 
     def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
         return _each(actions, "DisruptionBudget", lambda action: self._of(snapshot, action))

@@ -8,6 +8,7 @@ import msgspec
 
 from cluster.actions import Action, DrainReplica, Reason, ScaleRole
 from cluster.snapshot import ClusterSnapshot
+from policies.ranges import at_least
 
 
 class Hands(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -16,6 +17,9 @@ class Hands(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     drain_s: float = 60.0
     """A replica on a drained node may finish its streams for so long."""
     emergency: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(0.0, drain_s=self.drain_s)
 
     def decide(self, snapshot: ClusterSnapshot, accepted: Sequence[Action]) -> Sequence[Action]:
         pins = {hold.target: hold for hold in snapshot.holds if hold.kind == "pin"}

@@ -16,7 +16,7 @@ def import_class(use: str, *, place: str) -> Any:
     module, _, name = use.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # A module of the operator's own may raise anything while it is imported.
         raise InvalidConfig(f"{place}.use {use!r} cannot be imported as module:Class: {error}") from error
 
 

@@ -5,7 +5,7 @@ Same snapshot, same decision, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -50,13 +50,26 @@ def _accept(proposed: Iterable[Action], by: str, accepted: list[Action], dropped
     """Add what claims nothing that is claimed; a bundle is added whole or not at all."""
     claimed = {claim: action for action in accepted for claim in action.claims}
     for bundle in _bundles(proposed):
-        rivals = {claim: claimed[claim] for action in bundle for claim in action.claims if claim in claimed}
+        rivals = _rivals(bundle, claimed)
         if not rivals:
             accepted += bundle
             claimed.update({claim: action for action in bundle for claim in action.claims})
             continue
         claim, rival = min(rivals.items())
         dropped += [Dropped(action=action, by=by, why=f"{name_of(rival)} has claimed {claim} before") for action in bundle]
+
+
+def _rivals(bundle: Iterable[Action], claimed: Mapping[str, Action]) -> dict[str, Action]:
+    """Who has claimed before what the bundle claims: others, or one of its own."""
+    own: dict[str, Action] = {}
+    found: dict[str, Action] = {}
+    for action in bundle:
+        for claim in action.claims:
+            rival = claimed.get(claim) or own.get(claim)
+            if rival is not None:
+                found[claim] = rival
+            own[claim] = action
+    return found
 
 
 def _bundles(actions: Iterable[Action]) -> list[list[Action]]:

@@ -7,6 +7,7 @@ upper bound and a margin more, must fit on fewer; to go up, a lower bound must n
 from __future__ import annotations
 
 import datetime
+import re
 import zoneinfo
 from collections.abc import Mapping, Sequence
 
@@ -16,6 +17,7 @@ from cluster.actions import Action, Reason, ScaleRole
 from cluster.snapshot import ClusterSnapshot, Group, Workload
 from policies import levers
 from policies.flow import Flow, Window, fallen, reaches_back, risen
+from policies.ranges import at_least, positive
 from policies.shares import fits_of, shares
 from policies.sizing import Bounds, smallest
 
@@ -29,10 +31,25 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     start: str
     """HH:MM on the wall clock of `timezone`."""
     end: str
-    """HH:MM; before `start` it means the next day."""
+    """HH:MM, at most 24:00; before `start` it means the next day."""
     timezone: str = "UTC"
     min_replicas: int | None = None
     max_replicas: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_zone(self.timezone)
+        _check_clock("start", self.start)
+        _check_clock("end", self.end)
+        if self.start == self.end:
+            raise ValueError(f"end {self.end} is start: nothing lies between; a whole day ends at 24:00")
+        if not self.days or not set(self.days) <= set(range(7)):
+            raise ValueError(f"days {list(self.days)} are not some of 0 (Monday) to 6")
+        low, high = self.min_replicas, self.max_replicas
+        if low is None and high is None:
+            raise ValueError("neither min_replicas nor max_replicas is given: it would limit nothing")
+        at_least(0, min_replicas=low or 0, max_replicas=high or 0)
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_replicas {low} is above max_replicas {high}")
 
     def covers(self, now_s: float) -> bool:
         now = datetime.datetime.fromtimestamp(now_s, zoneinfo.ZoneInfo(self.timezone))
@@ -56,6 +73,11 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Time in which requests that queue are to be worked off."""
     schedules: tuple[Schedule, ...] = ()
     emergency: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(1.0, down_margin=self.down_margin)
+        at_least(0.0, settle_s=self.settle_s)
+        positive(backlog_s=self.backlog_s)
 
     def decide(self, snapshot: ClusterSnapshot, accepted: Sequence[Action]) -> Sequence[Action]:
         parts = {workload.model: self._shares(snapshot, workload) for workload in snapshot.workloads}
@@ -126,6 +148,18 @@ def _target(group: Group, replicas: int, text: str, numbers: dict[str, float]) -
 
 def _clamp(replicas: int, low: int, high: int) -> int:
     return min(max(replicas, low), high)
+
+
+def _check_zone(name: str) -> None:
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (KeyError, ValueError, OSError) as error:  # A folder of zones is an OSError.
+        raise ValueError(f"timezone {name!r} is no known time zone, like UTC or Europe/Berlin") from error
+
+
+def _check_clock(name: str, clock: str) -> None:
+    if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", clock, re.ASCII) and (name, clock) != ("end", "24:00"):
+        raise ValueError(f"{name} {clock!r} is no time of day from 00:00 to {'24:00' if name == 'end' else '23:59'}")
 
 
 def _minute(clock: str) -> int:

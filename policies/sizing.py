@@ -18,6 +18,7 @@ from cluster.performance import PerformanceModel
 from cluster.slo import Slo
 from cluster.snapshot import Group
 from policies.flow import Flow
+from policies.ranges import at_least, share
 
 MAX_REPLICAS = 10_000
 FLOOR_SHARE = 0.8
@@ -37,6 +38,10 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Upper quantile of the batch, and of what prompts beside it stretch an answer by, 99 %."""
     length_sigmas: float = 1.64
     """The prompt whose own computation must fit into TTFT: the 95th percentile of a normal length."""
+
+    def __post_init__(self) -> None:
+        share(missed_share=self.missed_share, utilisation=self.utilisation, kv_share=self.kv_share)
+        at_least(0.0, batch_sigmas=self.batch_sigmas, length_sigmas=self.length_sigmas)
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True):

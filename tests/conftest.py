@@ -26,3 +26,12 @@ def data_dir() -> Path:
     if not (path / "manifest.md").exists():
         pytest.skip(f"no shared data at {path}: set MOBULA_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The journal of `tests.controller.scripted`, to be read only."""
+    from tests.controller.scripted import play
+
+    play(path := tmp_path_factory.mktemp("played") / "journal.sqlite").close()
+    return path

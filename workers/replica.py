@@ -88,7 +88,7 @@ class HostedReplica:
                     await asyncio.sleep(DRY_POLL_S)
 
     async def take_role(self, group: ReplicaGroup, bound_s: float) -> None:
-        """Finish what the old role has, at the bound hand it back to be served elsewhere; then serve in the new one, weights kept."""
+        """Finish what the old role has, at the bound hand it back to be served elsewhere; then take the new one, weights kept."""
         self.plan = msgspec.structs.replace(self.plan, group=group)
         self.phase = Phase.WARMING
         await self.run_dry(bound_s)
@@ -212,6 +212,7 @@ class HostedReplica:
             kv_tokens=load.kv_tokens,
             kv_blocks_used=load.kv_blocks_used,
             step_s=load.step_s,
+            slowdown=load.slowdown,
             power_w=load.power_w,
             overrun_share=load.overrun_steps / load.steps if load.steps else 0.0,
         )

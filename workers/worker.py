@@ -1,8 +1,9 @@
 """The worker: a process that hosts replicas, serves their tokens and KV, and says how they are.
 
-A plain class; `worker_process.py` is the Ray actor around it. A replica's life is start -> warm -> ready -> drain -> gone. Orders are
-absolute and return at once: what becomes of them shows in the membership table and in the load reports. The controller is needed
-for orders and for nothing else: while it is gone the worker serves on, ends what was to be drained, and keeps trying to be heard.
+A plain class; `worker_process.py` is the Ray actor around it. A replica's life is start -> warm -> ready -> drain -> gone. Orders
+are absolute and return at once: what becomes of them shows in the membership table and in the load reports. The controller is
+needed for orders and for nothing else: while it is gone the worker serves on, ends what was to be drained, and keeps trying to
+be heard.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Answer = TypeVar("Answer")
 
 
 class WorkerProcess:
-    """One per process, made on its main thread. Serves from then on; its first replicas are to be ordered. Calls come one at a time."""
+    """One per process, made on its main thread. Hosts what its plan names. Calls come one at a time."""
 
     def __init__(self, plan: WorkerPlan, transport: TransportSpec, secret: str, registry: Registry, epoch: int) -> None:
         self._loop = uvloop.new_event_loop()

@@ -71,6 +71,10 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """When each entered its phase."""
     alive: frozenset[str] = frozenset()
     """Names of nodes that are up."""
+    draining: frozenset[str] = frozenset()
+    """Replicas that were told to drain, whether they say so yet or not."""
+    changing: Mapping[str, Role] = {}
+    """Those that were told to change their role, and to which."""
 
 
 def assemble(fleet: Fleet, seen: Seen, telemetry: Telemetry, memory: Memory, now_s: float) -> ClusterSnapshot:
@@ -81,7 +85,7 @@ def assemble(fleet: Fleet, seen: Seen, telemetry: Telemetry, memory: Memory, now
     members: dict[str, list[tuple[Replica, ReplicaState]]] = {}
     for replica, state in zip(seen.replicas, states, strict=True):
         members.setdefault(state.group, []).append((replica, state))
-    states += [_starting(name, start) for name, start in seen.started.items() if name not in registered]
+    states += [_ordered(_starting(name, start), seen) for name, start in seen.started.items() if name not in registered]
     states += [state for state in seen.lost if state.replica_id not in registered]
     return ClusterSnapshot(
         now_s=now_s,
@@ -152,7 +156,8 @@ def _states(fleet: Fleet, seen: Seen, now_s: float) -> list[ReplicaState]:
     loads = iter(_rounded([one.load for one in heard if one is not None]))
     ages_s = _round([0.0 if one is None else max(0.0, now_s - one.at_s) for one in heard], 1)
     since_s = _round([seen.since_s.get(name, now_s) for name in names], 3)
-    return [
+    ready_s = _round([replica.ready_since_s or 0.0 for replica in seen.replicas], 3)
+    states = [
         ReplicaState(
             replica_id=replica.replica_id,
             group=group_name(replica.model, replica.role, pools.get(replica.node, "")),
@@ -160,15 +165,30 @@ def _states(fleet: Fleet, seen: Seen, now_s: float) -> list[ReplicaState]:
             phase=replica.phase,
             node=replica.node,
             phase_since_s=phase_since_s,
+            ready_since_s=ready_since_s if replica.ready_since_s is not None else None,
             load=None if one is None else next(loads),
             load_age_s=age_s,
         )
-        for replica, one, age_s, phase_since_s in zip(seen.replicas, heard, ages_s, since_s, strict=True)
+        for replica, one, age_s, phase_since_s, ready_since_s in zip(seen.replicas, heard, ages_s, since_s, ready_s, strict=True)
     ]
+    if not seen.draining and not seen.changing:
+        return states
+    return [_ordered(state, seen) for state in states]
+
+
+def _ordered(state: ReplicaState, seen: Seen) -> ReplicaState:
+    """As it will be, once it has heard: so that nothing is ordered twice."""
+    role = seen.changing.get(state.replica_id)
+    if role is not None and role is not state.role:
+        model, _, pool = state.group.rsplit("/", 2)
+        state = msgspec.structs.replace(state, role=role, group=group_name(model, role, pool), phase=Phase.WARMING)
+    if state.replica_id in seen.draining and state.phase is not Phase.STOPPED:
+        state = msgspec.structs.replace(state, phase=Phase.DRAINING)
+    return state
 
 
 def _starting(replica_id: str, start: Started) -> ReplicaState:
-    role = Role(start.group.split("/")[-2])
+    role = Role(start.group.rsplit("/", 2)[1])
     return ReplicaState(
         replica_id=replica_id,
         group=start.group,
@@ -181,13 +201,13 @@ def _starting(replica_id: str, start: Started) -> ReplicaState:
 
 def _rounded(loads: Sequence[Load]) -> list[Load]:
     """To the digits that a journal keeps cheaply, and that nobody decides by; what is no number says nothing."""
-    at_s, step_s, power_w, overrun_share = (
+    at_s, step_s, slowdown, power_w, overrun_share = (
         _round([getattr(load, field) for load in loads], digits)
-        for field, digits in (("at_s", 1), ("step_s", 5), ("power_w", 0), ("overrun_share", 2))
+        for field, digits in (("at_s", 1), ("step_s", 5), ("slowdown", 2), ("power_w", 0), ("overrun_share", 2))
     )
     return [
-        msgspec.structs.replace(load, at_s=at, step_s=step, power_w=power, overrun_share=share)
-        for load, at, step, power, share in zip(loads, at_s, step_s, power_w, overrun_share, strict=True)
+        msgspec.structs.replace(load, at_s=at, step_s=step, slowdown=slow, power_w=power, overrun_share=share)
+        for load, at, step, slow, power, share in zip(loads, at_s, step_s, slowdown, power_w, overrun_share, strict=True)
     ]
 
 
@@ -199,15 +219,12 @@ def _round(figures: Sequence[float], digits: int) -> list[float]:
 
 
 def _slowdown(members: Sequence[tuple[Replica, ReplicaState]], before: float) -> float:
-    """Measured over predicted time of decode steps, the replicas' median: a tenth of the way there."""
-    ratios = []
-    for replica, state in members:
-        load = state.load
-        if load is not None and load.running > 0 and load.step_s > 0.0 < replica.performance.step_s:
-            ratios.append(load.step_s / replica.performance.decode_step_s(load.running, load.kv_tokens))
-    if not ratios:
+    """The median of replicas that compute, a tenth of the way there."""
+    loads = (state.load for replica, state in members if replica.performance.step_s > 0.0)
+    told = [load.slowdown for load in loads if load is not None and load.running > 0 and load.slowdown > 0.0]
+    if not told:
         return before
-    return round(before + 0.1 * (min(max(statistics.median(ratios), 0.25), 4.0) - before), 3)
+    return round(before + 0.1 * (min(max(statistics.median(told), 0.25), 4.0) - before), 3)
 
 
 def _node(fleet: Fleet, spec: NodeSpec, alive: frozenset[str]) -> Node:

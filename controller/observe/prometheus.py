@@ -1,25 +1,34 @@
-"""The same raw samples from a Prometheus server: instant queries of range vectors, which answer with what was scraped."""
+"""The same raw samples from a Prometheus server: instant queries of range vectors, which answer with what was scraped.
+
+What was read is kept in a window as pushed samples are, so that a read asks only for what may be new, and whatever the server
+answers goes through the one door.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import aiohttp
 import msgspec
 
 from cluster.errors import Unreachable
+from cluster.metrics import GATEWAY_METRICS
 from controller.observe.counters import Series
+from controller.observe.window import MAX_SERIES, Labels, Window
 
-TIMEOUT_S = 2.0  # A pass does not wait longer; what was known stays in force, and ages.
-MAX_ANSWER_BYTES = 64 * 2**20
-TARGET_LABELS = ("job",)
-"""Prometheus' own names for what it scraped, that a process does not know of itself. `instance` tells processes apart and stays."""
+TIMEOUT_S = 2.0  # Of one query. What was known stays in force, and ages.
+SLICE_S = 30.0  # Asked for at once: of as many series as a window holds that is some 16 MB.
+LATE_S = 15.0  # Samples bear the time at which their scrape began and come when it has ended: 10 s later at most, by default.
+MAX_ANSWER_BYTES = 32 * 2**20
+OWN_LABELS = frozenset({"instance", "le"}.union(*(metric.labels for metric in GATEWAY_METRICS)))
+"""Labels that tell a gateway's series apart. Prometheus adds others, as its operator likes: of the job, of the place."""
 
 
 class _Matrix(msgspec.Struct):
     metric: dict[str, str]
-    values: list[tuple[float, str]]
+    values: list[tuple[float, str]] = []
 
 
 class _Data(msgspec.Struct):
@@ -27,55 +36,93 @@ class _Data(msgspec.Struct):
     result: list[_Matrix]
 
 
-class _Answer(msgspec.Struct):
+class _Status(msgspec.Struct):
     status: str
-    data: _Data | None = None
     error: str = ""
 
 
-class Prometheus:
-    """A server by its URL."""
+class _Answer(msgspec.Struct):
+    data: _Data
 
-    def __init__(self, url: str, span_s: float) -> None:
+
+class Prometheus:
+    """A server by its URL, and the samples of one fleet there."""
+
+    def __init__(self, url: str, span_s: float, fleet: str) -> None:
+        """fleet: the label that service discovery gives to every target of the fleet."""
         self._url = url.rstrip("/")
         self._span_s = span_s
+        self._fleet = fleet
+        self._window = Window(span_s)
+        self._read_until_s = -math.inf
         self._session: aiohttp.ClientSession | None = None
 
     async def series(self, names: Sequence[str], now_s: float) -> Mapping[str, Sequence[Series]]:
         """Every series of each name within the span before `now_s`, in the order of their labels. Raises Unreachable."""
-        answers = await asyncio.gather(*(self._ask(name, now_s) for name in names))
-        return dict(zip(names, answers, strict=True))
+        start_s = max(now_s - self._span_s, min(self._read_until_s, now_s) - LATE_S)
+        while start_s < now_s:
+            end_s = min(start_s + SLICE_S, now_s)
+            self._take(await self._ask(names, start_s, end_s))
+            self._read_until_s = start_s = end_s
+        return await self._window.series(names, now_s)
 
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
 
-    async def _ask(self, name: str, now_s: float) -> list[Series]:
-        self._session = self._session or aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S))
-        # PromQL's range is open at its start; a millisecond, its resolution, more makes it closed.
-        parameters = {"query": f"{name}[{round(self._span_s * 1000) + 1}ms]", "time": f"{now_s:.3f}"}
+    async def _ask(self, names: Sequence[str], start_s: float, end_s: float) -> list[tuple[str, Labels, list[tuple[float, float]]]]:
+        """Name, labels and samples of each series. One query for all names, so that all are as of one moment."""
+        selector = f'{{__name__=~"{"|".join(names)}",fleet={json.dumps(self._fleet)}}}'
+        # PromQL's range may be open at its start; a millisecond, its resolution, more makes it closed.
+        parameters = {"query": f"{selector}[{round((end_s - start_s) * 1000) + 1}ms]", "time": f"{end_s:.3f}"}
+        status, body = await self._post(parameters)
         try:
-            async with self._session.post(f"{self._url}/api/v1/query", data=parameters) as response:
-                body = bytearray()
+            said = msgspec.json.decode(body, type=_Status)
+            if said.status != "success":
+                raise Unreachable(f"{self._url} refuses a query: {said.error[:200] or status}")
+            data = msgspec.json.decode(body, type=_Answer).data
+            if data.resultType != "matrix":
+                raise Unreachable(f"{self._url} answers with a {data.resultType[:40]}, not with a matrix")
+            if len(data.result) > MAX_SERIES:
+                raise Unreachable(f"{self._url} answers with {len(data.result)} series, above {MAX_SERIES}")
+            return [read for one in data.result if (read := _read(one, start_s, end_s)) is not None]
+        except (ValueError, RecursionError) as error:  # Of msgspec, of UTF-8, of a number.
+            raise Unreachable(f"{self._url} answers with status {status} and no answer of Prometheus: {error}") from error
+
+    async def _post(self, parameters: Mapping[str, str]) -> tuple[int, bytes]:
+        """Status and body. A redirect is an answer like another: who reads the fleet is for the config to say."""
+        self._session = self._session or aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S))
+        body = bytearray()
+        try:
+            async with self._session.post(f"{self._url}/api/v1/query", data=parameters, allow_redirects=False) as response:
                 async for chunk in response.content.iter_any():
                     body += chunk
                     if len(body) > MAX_ANSWER_BYTES:
-                        raise Unreachable(f"{self._url} answers about {name} with more than {MAX_ANSWER_BYTES} bytes")
-            answer = msgspec.json.decode(body, type=_Answer)
+                        raise Unreachable(f"{self._url} answers with more than {MAX_ANSWER_BYTES} bytes")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Unreachable(f"{self._url} does not answer about {name}: {error!r}") from error
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Unreachable(f"{self._url} answers about {name} with what is no answer of Prometheus: {error}") from error
-        if answer.status != "success" or answer.data is None or answer.data.resultType != "matrix":
-            raise Unreachable(f"{self._url} refuses {name}: {answer.error or 'no range vector'}")
-        try:
-            found = [_series(name, one) for one in answer.data.result]
-        except ValueError as error:
-            raise Unreachable(f"{self._url} answers about {name} with what is no number: {error}") from error
-        return sorted(found, key=lambda one: sorted(one.labels.items()))
+            raise Unreachable(f"{self._url} does not answer: {type(error).__name__} {error}".strip()) from error
+        return response.status, bytes(body)
+
+    def _take(self, read: Iterable[tuple[str, Labels, list[tuple[float, float]]]]) -> None:
+        """The window leaves out what it has, and what is no count."""
+        for name, labels, samples in read:
+            for at_s, value in samples:
+                self._window.take(name, labels, at_s, value)
 
 
-def _series(name: str, matrix: _Matrix) -> Series:
-    labels = {key: value for key, value in matrix.metric.items() if key not in ("__name__", *TARGET_LABELS)}
-    times_s = tuple(time_s for time_s, _ in matrix.values)
-    return Series(name=name, labels=labels, times_s=times_s, values=tuple(float(value) for _, value in matrix.values))
+def _read(matrix: _Matrix, start_s: float, end_s: float) -> tuple[str, Labels, list[tuple[float, float]]] | None:
+    """None for a histogram's bucket without a bound. Raises ValueError for what is no number."""
+    name = matrix.metric.get("__name__", "")
+    if name.endswith("_bucket") and not _is_number(matrix.metric.get("le", "")):
+        return None
+    labels = tuple(sorted((key, value) for key, value in matrix.metric.items() if key in OWN_LABELS))
+    # Times to the millisecond, as the server was asked.
+    within = [(at_s, float(value)) for at_s, value in matrix.values if start_s - 0.001 <= at_s <= end_s + 0.001]
+    return name, labels, within
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return not math.isnan(float(text))
+    except ValueError:
+        return False

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.burst import to_slo_s
 from benchmarks.closed_loop import ClosedLoop, Count, Ended, PipelineScaler, QueueRule, Setting
 
+
 async def run(steps: list[tuple[float, float]], replicas: int, seed: int = 1, scaler=None) -> ClosedLoop:
     setting = Setting(replicas=replicas)
     loop = ClosedLoop(setting, setting.rows(steps, seed), scaler or PipelineScaler())

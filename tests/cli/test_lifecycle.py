@@ -92,19 +92,18 @@ def test_what_did_not_end_in_order_is_told_by_down(home):
 
 
 async def test_an_error_of_the_gateway_does_not_keep_the_workers_up(home):
-    class Workers:
-        ended = False
+    ended = []
 
-        async def stop(self):
-            self.ended = True
+    async def stop_workers():
+        ended.append("workers")
 
     async def fail():
         raise RuntimeError("still streams")
 
-    supervisor = _Supervisor(None, "", "", home, lambda progress: None, local=True)
-    supervisor._workers, supervisor._close_gateway = Workers(), fail
+    supervisor = _Supervisor(None, "", "", home, lambda progress: None, None)
+    supervisor._begun, supervisor._stop_workers, supervisor._close_gateway = True, stop_workers, fail
     assert await supervisor._end() == ("gateway: still streams",)
-    assert supervisor._workers.ended
+    assert ended == ["workers"]
 
 
 def test_a_second_fleet_of_the_name_is_refused_before_its_port_is_missed(home, tmp_path):

@@ -5,9 +5,9 @@ import re
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from cluster.metrics import GATEWAY_METRICS, REPLICA_METRICS, Metric, exporter
+from cluster.metrics import CONTROLLER_METRICS, DEMAND_NAMES, GATEWAY_METRICS, REPLICA_METRICS, Metric, Sample, exporter, samples
 
-ALL = (*GATEWAY_METRICS, *REPLICA_METRICS)
+ALL = (*GATEWAY_METRICS, *REPLICA_METRICS, *CONTROLLER_METRICS)
 UNITS_NOT_BASE = re.compile(r"_(ms|us|milliseconds|microseconds|kb|mb|kw|minutes)(_|$)")
 
 
@@ -36,3 +36,25 @@ def test_the_exporter_makes_every_row() -> None:
     assert set(made) == {metric.name for metric in ALL}
     made["mobula_replica_power_watts"].labels(replica="r", role="mixed").set(71.5)  # type: ignore[union-attr]
     assert b'mobula_replica_power_watts{replica="r",role="mixed"} 71.5' in generate_latest(registry)
+
+
+def test_samples_are_named_as_prometheus_names_them() -> None:
+    registry = CollectorRegistry()
+    made = exporter((Metric("mobula_x_total", "counter", "X.", ("model", "tenant")),), registry)
+    made["mobula_x_total"].labels("n", "").inc(3)
+    made["mobula_x_total"].labels("m", "t").inc()
+    assert samples(registry, {"mobula_x_total"}, instance="a:1") == (
+        Sample("mobula_x_total", (("instance", "a:1"), ("model", "m"), ("tenant", "t")), 1.0),
+        Sample("mobula_x_total", (("instance", "a:1"), ("model", "n")), 3.0),
+    )
+
+
+def test_a_controller_reads_nothing_that_grows_with_tenants() -> None:
+    registry = CollectorRegistry()
+    made = exporter(GATEWAY_METRICS, registry)
+    for metric in GATEWAY_METRICS:
+        for tenant in ("one", "other") if metric.labels else ():
+            made[metric.name].labels(*(tenant if label in ("tenant", "key") else "m" for label in metric.labels))
+    found = samples(registry, DEMAND_NAMES)
+    assert {one.name for one in found} == set(DEMAND_NAMES)
+    assert {name for one in found for name, _ in one.labels} == {"model", "le"}

@@ -71,10 +71,10 @@ def counters(
         "mobula_arrivals_total": 1,
         "mobula_arrived_prompt_tokens_total": 100,
         "mobula_arrived_prompt_tokens_squared_total": 10_000,
-        "mobula_prompt_tokens_total": 100,
+        "mobula_request_prompt_tokens_sum": 100,
         "mobula_cached_tokens_total": 25,
-        "mobula_output_tokens_total": 20,
-        "mobula_requests_total": 1,
+        "mobula_request_output_tokens_sum": 20,
+        "mobula_request_output_tokens_count": 1,
     }
     made = {name: [rising(name, by)] for name, by in per_request.items()}
     for name in ("mobula_ttft_seconds_bucket", "mobula_tpot_seconds_bucket"):
@@ -128,7 +128,7 @@ def test_silence_of_the_gateways_ages():
 
 
 def test_nobody_asking_is_known_to_be_no_demand():
-    others = ("mobula_queue_depth", "mobula_requests_total")
+    others = ("mobula_queue_depth", "mobula_request_output_tokens_count")
     quiet = {name: series for name, series in counters(0.0).items() if name in others}
     (workload,) = build(telemetry=quiet).workloads
     assert workload.age_s == 0.0
@@ -141,17 +141,17 @@ def test_nonsense_of_a_worker_says_nothing():
 
 
 def test_slow_steps_are_believed_bit_by_bit():
-    predicted_s = H100_8B.decode_step_s(4, 4000)
-    slow = [load("d0", step_s=2 * predicted_s)]
+    slow = [load("d0", slowdown=2.0)]
     decode = build([member("d0")], slow).groups[0]
     assert decode.slowdown == pytest.approx(1.1, abs=0.001)
     memory = Memory(groups={"m/decode/p": GroupMemory(wanted=2, slowdown=decode.slowdown)})
     assert build([member("d0")], slow, memory=memory).groups[0].slowdown == pytest.approx(1.19, abs=0.001)
+    assert build([member("d0")], [load("d0", slowdown=math.nan)]).groups[0].slowdown == 1.0
 
 
 def test_replica_that_has_not_measured_itself_is_not_believed_to_be_infinitely_fast():
     unmeasured = msgspec.structs.replace(member("d0"), performance=PerformanceModel(step_s=0.0, prefill_token_s=0.0))
-    (decode, _) = build([unmeasured], [load("d0", step_s=0.01)]).groups
+    (decode, _) = build([unmeasured], [load("d0", slowdown=2.0)]).groups
     assert (decode.performance, decode.slowdown) == (None, 1.0)
     assert build([unmeasured, member("d1")]).groups[0].performance == H100_8B
 

@@ -11,7 +11,8 @@ from cluster.actions import Action, ChangeRole, DrainReplica, ScaleRole, StartRe
 from cluster.fleet import PipelineSpec, PolicySpec
 from cluster.replica import Phase, Role
 from cluster.snapshot import ClusterSnapshot, FailedStart, Hold, ReplicaState
-from controller.controller import Controller, recall
+from controller.act.orders import Settled
+from controller.controller import Controller, Course, recall
 from controller.explanation import replay
 from controller.journal import Journal
 from controller.memory import Memory, with_failed_start, with_hold, with_start, without_hold
@@ -70,6 +71,9 @@ class Cluster:
                     old = self.replicas[action.replica_id]
                     self.replicas[action.replica_id] = msgspec.structs.replace(old, role=action.role, group=action.target)
 
+    def settle(self, snapshot: ClusterSnapshot, memory: Memory) -> Settled:
+        return Settled(memory=memory)
+
     def count(self, role: Role) -> int:
         return sum(one.role is role for one in self.replicas.values())
 
@@ -80,8 +84,14 @@ def known(memory: Memory, of) -> dict:
 
 
 def controller(world: Cluster, journal: Journal, spec: PipelineSpec = SPEC, pipeline: Pipeline | None = None, **more) -> Controller:
-    fields = {"text": as_text(spec), "epoch": 1, "clock": lambda: world.now_s}
-    return Controller(world, world, journal, pipeline or build(spec), **{**fields, **more})
+    course = Course(
+        pipeline=pipeline or build(spec),
+        text=as_text(spec),
+        mode=more.pop("mode", "act"),
+        challengers=more.pop("challengers", {}),
+    )
+    fields = {"memory": recall(journal), "epoch": 1, "clock": lambda: world.now_s}
+    return Controller(world, world, journal, course, **{**fields, **more})
 
 
 async def passes(one: Controller, count: int) -> None:
@@ -209,6 +219,37 @@ async def test_observer_that_fails_costs_one_pass(tmp_path: Path, monkeypatch: p
     await seen.wait()
     running.cancel()
     assert loop.failures == 1
+
+
+async def test_an_operators_word_counts_from_the_next_pass_and_is_written_when_it_is_acknowledged(tmp_path: Path):
+    world, journal = Cluster(), Journal(tmp_path / "j")
+    loop = controller(world, journal)
+    pin = Hold(kind="pin", target="m/decode/p", replicas=3, author="ada", expires_s=NOW_S + 1000.0)
+    said = asyncio.create_task(loop.say(lambda memory: with_hold(memory, pin)))
+    await asyncio.sleep(0)
+    assert not said.done()
+    await loop.once()
+    await said
+    assert journal.last().snapshot.holds == (pin,)
+    assert recall(journal).holds == (pin,)
+    assert world.count(Role.DECODE) == 3
+
+
+async def test_a_word_said_during_a_pass_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    world, journal = Cluster(), Journal(tmp_path / "j")
+    loop = controller(world, journal)
+    hold = Hold(kind="pause", author="ada", expires_s=NOW_S + 1000.0)
+    observe, said = world.observe, []
+
+    async def interrupted(memory: Memory) -> ClusterSnapshot:
+        if not said:
+            said.append(asyncio.create_task(loop.say(lambda memory: with_hold(memory, hold))))
+        return await observe(memory)
+
+    monkeypatch.setattr(world, "observe", interrupted)
+    await passes(loop, 2)
+    await said[0]
+    assert journal.last().snapshot.holds == (hold,)
 
 
 def test_memory_of_starts_failures_and_hands():

@@ -23,6 +23,13 @@ def test_rise_between_samples_is_even():
     assert risen([series((0, 0), (10, 100))], edges(0, 1, 5, 10)).tolist() == [10.0, 40.0, 50.0]
 
 
+def test_rise_is_told_of_any_part_of_what_is_known():
+    known = [series((0, 0), (10, 100), (20, 100), (30, 400), (40, 400))]
+    assert risen(known, edges(12, 25)).tolist() == [150.0]
+    assert risen(known, edges(5, 10, 35)).tolist() == [50.0, 300.0]
+    assert risen(known, edges(50, 60)).tolist() == [0.0]
+
+
 def test_counter_that_falls_has_begun_anew():
     assert risen([series((0, 50), (10, 60), (20, 5), (30, 8))], edges(0, 30)).tolist() == [18.0]
 

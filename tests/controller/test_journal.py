@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.actions import Decision
+from cluster.actions import Action, Decision, DrainReplica, Reason, StartReplica
 from cluster.errors import InvalidTrace
 from controller.journal import KEYFRAME_EVERY, Entry, Journal, Outcome
 from policies.pipeline import Pipeline
@@ -52,7 +52,7 @@ def test_read_decisions_are_decided_again_alike(tmp_path: Path):
 def test_shadows_and_outcomes_stand_beside_their_pass(tmp_path: Path):
     journal = Journal(tmp_path / "j")
     journal.write(entry(1, shadows={"cheap": Decision(failed="x")}))
-    journal.add(Outcome(number=1, action=0, at_s=NOW_S + 2, outcome="done"))
+    journal.add([Outcome(number=1, action=0, at_s=NOW_S + 2, outcome="done")])
     assert journal.entry(1).shadows == {"cheap": Decision(failed="x")}
     assert [one.outcome for one in journal.outcomes(1)] == ["done"]
     assert journal.last_change() == 1
@@ -116,3 +116,66 @@ def test_killed_writer_leaves_every_finished_pass(tmp_path: Path):
     finished = [one.number for one in Journal(tmp_path / "j").entries()]
     assert finished == list(range(1, len(finished) + 1))
     assert len(finished) >= 75
+
+
+def acting(number: int, *actions: Action, wanted: int = 1) -> Entry:
+    snapshot = cluster([group(wanted=wanted)], [steady(1.0)], pass_number=number, now_s=NOW_S + number)
+    decision = Decision(targets={"m/mixed/p": wanted}, actions=actions)
+    return Entry(epoch=1, pipeline="{}", mode="act", snapshot=snapshot, decision=decision)
+
+
+def start(name: str) -> StartReplica:
+    return StartReplica(replica_id=name, group="m/mixed/p", node="n1", reason=Reason(text="because"))
+
+
+def test_last_pass_that_touched_a_replica_its_group_or_its_role_is_found(tmp_path: Path):
+    journal = Journal(tmp_path / "j")
+    drain = DrainReplica(replica_id="mixed-p-0", deadline_s=NOW_S, reason=Reason(text="because"))
+    for one in (acting(1, start("mixed-p-10")), acting(2), acting(3, drain), acting(4)):
+        journal.write(one)
+    reader = Journal(tmp_path / "j", read_only=True)
+    found = {name: reader.last_touch(name) for name in ("mixed-p-10", "mixed-p-1", "mixed-p-0", "m/mixed/p", "mixed", "other")}
+    assert found == {"mixed-p-10": 1, "mixed-p-1": None, "mixed-p-0": 3, "m/mixed/p": 3, "mixed": 3, "other": None}
+    assert reader.last_touch("mixed", NOW_S + 2.5) == 1
+    assert reader.last_touch("mixed-p-10", NOW_S + 0.5) is None
+
+
+def test_changes_are_the_latest_passes_that_act_in_order(tmp_path: Path):
+    journal = Journal(tmp_path / "j")
+    for number in range(20):
+        journal.write(acting(number, *([start(f"mixed-p-{number}")] if number % 3 == 0 else [])))
+    assert [one.number for one in journal.changes(most=3)] == [12, 15, 18]
+    assert [one.number for one in journal.changes(NOW_S + 14, most=30)] == [15, 18]
+
+
+def test_decisions_are_read_without_what_was_seen(tmp_path: Path):
+    journal = Journal(tmp_path / "j")
+    written = [entry(number, shadows={"calm": Decision(failed=str(number))}) for number in range(5, KEYFRAME_EVERY + 9)]
+    for one in written:
+        journal.write(one)
+    read = list(journal.choices(NOW_S + 8))
+    assert [(one.number, one.decision, one.shadows) for one in read] == [
+        (one.number, one.decision, one.shadows) for one in written[3:]
+    ]
+    assert list(journal.choices(NOW_S + 1e6)) == []
+    assert journal.count(NOW_S + 8) == len(read)
+    assert journal.first_since(NOW_S + 7.5) == 8
+    assert journal.span == (NOW_S + 5, NOW_S + KEYFRAME_EVERY + 8)
+
+
+def test_keyframe_is_the_last_whole_snapshot(tmp_path: Path):
+    journal = Journal(tmp_path / "j")
+    written = [entry(number) for number in range(1, KEYFRAME_EVERY + 9)]
+    for one in written:
+        journal.write(one)
+    assert journal.keyframe(7) == written[0].snapshot
+    assert journal.keyframe(KEYFRAME_EVERY + 5) == written[KEYFRAME_EVERY].snapshot
+    with pytest.raises(KeyError):
+        journal.keyframe(0)
+
+
+def test_empty_journal_has_no_span_and_no_passes(tmp_path: Path):
+    journal = Journal(tmp_path / "j")
+    assert (journal.span, journal.count(), journal.first_since(0.0), journal.at(NOW_S), journal.last_touch("m")) == (
+        None, 0, None, None, None,
+    )  # fmt: skip

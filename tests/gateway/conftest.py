@@ -15,6 +15,7 @@ from cluster.fleet import GatewaySpec, ModelSpec
 from cluster.slo import Slo
 from gateway.app import build_app
 from gateway.server import GatewayServer
+from gateway.telemetry import Push
 from policies.routing import PredictedLatencyRouter
 from tests.gateway.fake_fleet import MODEL, FakeFleet, tokenizer
 
@@ -54,7 +55,13 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def serving(
-    model_dir: Path, fleet: FakeFleet, *, publish: bool = True, tls_dir: Path | None = None, **settings
+    model_dir: Path,
+    fleet: FakeFleet,
+    *,
+    publish: bool = True,
+    tls_dir: Path | None = None,
+    push: Push | None = None,
+    **settings,
 ) -> AsyncIterator[Served]:
     if "keys_file" not in settings:
         settings["allow_anonymous"] = True
@@ -66,6 +73,8 @@ async def serving(
         transport=fleet,
         router=PredictedLatencyRouter(),
         slos={"default": Slo(ttft_s=1.0, tpot_s=0.1), "batch": Slo()},
+        address="g:1",
+        push=push,
     )
     server = GatewayServer(app, spec, tls_dir=tls_dir and str(tls_dir), drain_s=5)
     serve = asyncio.create_task(server.serve())

@@ -103,7 +103,7 @@ def test_a_joined_fleet_serves_under_tls_and_leaves_the_ray_as_it_was(ray_cluste
     assert mobula("down", "joined", home=tmp_path).returncode == 0
     assert holder.is_running()
     eventually(lambda: ours(holder) == before, "every actor of the fleet ends", END_S)
-    assert os.listdir(tmp_path / "joined") == ["supervisor.log"]
+    assert sorted(os.listdir(tmp_path / "joined")) == ["fleet.json", "journal.sqlite", "supervisor.log"]
 
 
 @pytest.mark.timeout(2 * START_TIMEOUT_S)

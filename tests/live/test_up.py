@@ -17,11 +17,12 @@ import pytest
 from rich.console import Console
 
 from cli.down import end_fleet
-from cli.fleet_home import FleetHome, FleetStatus
-from cli.status import fetch, table
+from cli.fleet_home import FleetHome
+from cli.status import fetch, replica_table
 from cli.up import start
 from cluster.errors import InvalidConfig
 from cluster.request import Request, SamplingParams
+from controller.status import FleetStatus
 from transports.grpc import GrpcTransport
 from transports.messages import PrefillSource, Submit, Tokens
 from transports.transport import Credential
@@ -98,11 +99,11 @@ def until(home: FleetHome, holds) -> FleetStatus:
 def test_every_replica_is_ready_on_the_node_it_was_given(home):
     now = fetch(home)
     assert {(r.replica_id, r.node, r.phase) for r in now.replicas} == {
-        ("prefill-h100-0", "a", "ready"),
-        ("decode-h100-0", "b", "ready"),
-        ("decode-h100-1", "a", "ready"),
+        ("decode-default-0", "a", "ready"),
+        ("decode-default-1", "b", "ready"),
+        ("prefill-default-2", "a", "ready"),
     }
-    assert table(now).row_count == 3
+    assert replica_table(now).row_count == 3
 
 
 def test_all_that_is_ours_listens_on_loopback_only(home):
@@ -142,26 +143,27 @@ def test_a_fleet_that_is_up_is_not_started_twice(home, config, model_dir):
 
 async def test_disaggregated_output_equals_that_of_one_replica(home):
     now = fetch(home)
-    alone = await generate(home, now, "decode-h100-0", "alone")
+    alone = await generate(home, now, "decode-default-0", "alone")
     assert len(alone) == 8
-    assert await generate(home, now, "decode-h100-1", "apart", prefill="prefill-h100-0") == alone
+    assert await generate(home, now, "decode-default-1", "apart", prefill="prefill-default-2") == alone
 
 
 async def test_the_rest_serves_on_when_a_prefill_worker_is_killed(home):
     now = fetch(home)
     victim = next(replica for replica in now.replicas if replica.role == "prefill")
-    alone = await generate(home, now, "decode-h100-0", "before")
+    alone = await generate(home, now, "decode-default-0", "before")
     os.kill(victim.pid, signal.SIGKILL)
-    assert await generate(home, now, "decode-h100-1", "after", prefill=victim.replica_id) == alone
+    assert await generate(home, now, "decode-default-1", "after", prefill=victim.replica_id) == alone
     until(home, lambda now: {r.replica_id: r.phase for r in now.replicas}[victim.replica_id] == "lost")
+    until(home, lambda now: [r.role for r in now.replicas if r.phase == "ready"].count("prefill") == 1)
 
 
 def test_a_worker_ends_on_sigterm_and_leaves_the_table(home):
-    victim = next(replica for replica in fetch(home).replicas if replica.replica_id == "decode-h100-1")
+    victim = next(replica for replica in fetch(home).replicas if replica.replica_id == "decode-default-1")
     process = psutil.Process(victim.pid)
     os.kill(victim.pid, signal.SIGTERM)
     process.wait(GONE_S)
-    until(home, lambda now: "decode-h100-1" not in {r.replica_id for r in now.replicas})
+    until(home, lambda now: "decode-default-1" not in {r.replica_id for r in now.replicas})
 
 
 def test_down_leaves_no_process_and_no_file(home):
@@ -175,5 +177,5 @@ def test_down_leaves_no_process_and_no_file(home):
     psutil.wait_procs(below, GONE_S)
     assert [process for process in below if process.is_running()] == []
     assert not directory.exists()
-    assert sorted(path.name for path in home.path.iterdir()) == ["logs", "supervisor.log"]
+    assert sorted(path.name for path in home.path.iterdir()) == ["fleet.json", "journal.sqlite", "logs", "supervisor.log"]
     assert list(home.ray_logs_path.glob("worker-*.err"))

@@ -45,7 +45,7 @@ def test_rise_would_not_have_been_with_less_demand():
     snapshot = cluster([group(wanted=1)], [steady(16.0)])
     found = {flip.lever: flip for flip in flips(PIPELINE.decide, snapshot, "m/mixed/p", LEVERS)}
     assert found[demand("m")].turns_at < 16.0
-    assert found[demand("m")].outcome == "1 replicas"
+    assert found[demand("m")].outcome == "1 replica"
     assert_turning_points_are_true(snapshot, "m/mixed/p")
 
 

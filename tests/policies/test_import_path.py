@@ -25,6 +25,14 @@ def test_a_path_that_leads_nowhere_is_refused(use: str) -> None:
         make_policy(use, {}, place="scaling", kind=Router)
 
 
+@pytest.mark.parametrize("text", ["def (", "1 / 0", "import no.such"])
+def test_a_module_that_cannot_be_imported_is_refused_whatever_it_raises(tmp_path, monkeypatch, text: str) -> None:
+    (tmp_path / "broken_policy.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InvalidConfig, match=r"scaling\.use 'broken_policy:Mine' cannot be imported as module:Class"):
+        make_policy("broken_policy:Mine", {}, place="scaling", kind=Router)
+
+
 def test_settings_that_it_does_not_have_are_refused() -> None:
     with pytest.raises(InvalidConfig, match=f"routing.settings do not fit {ROUTER}: .*wieght"):
         make_policy(ROUTER, {"wieght": 1.0}, place="routing", kind=Router)

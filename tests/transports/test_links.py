@@ -9,9 +9,9 @@ import pytest
 
 from cluster.errors import Unreachable
 from cluster.replica import Membership
+from tests.gateway.fake_fleet import FakeFleet
 from transports import links
 from transports.links import WorkerLinks
-from tests.gateway.fake_fleet import FakeFleet
 
 
 class Ear:

@@ -113,19 +113,6 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decodes_within_the_budget() 
     assert told.times("a")[4] == at_s
 
 
-def test_step_time_in_the_load_is_that_of_steps_without_prompts() -> None:
-    engine, driver, _ = started()
-    engine.submit(Submission(request=request("a", (1, 2, 3), max_tokens=20)))
-    driver.advance(PACE.prefill_s(3))
-    assert engine.load().step_s == 0.0
-    engine.submit(Submission(request=request("b", PROMPT)))
-    driver.advance(PACE.decode_step_s(1, 4))
-    assert engine.load().step_s == PACE.decode_step_s(1, 4)
-    driver.advance(PACE.step_time_s(40, 820, 1, 5))
-    assert engine.load().prompt_tokens == 43
-    assert engine.load().step_s == PACE.decode_step_s(1, 4)
-
-
 def test_load_shows_power_occupancy_and_counts() -> None:
     engine, driver, _ = started()
     assert engine.load().power_w == 70.0

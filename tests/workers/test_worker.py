@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
+from cluster.errors import Fenced, InvalidRequest
 from cluster.fleet import ModelSpec, NodeSpec, Pace, ReplicaGroup, TransportSpec
 from cluster.kv import KvCleared, KvStored
 from cluster.placement import ReplicaPlan, WorkerPlan
 from cluster.replica import Phase, Replica, Role
 from cluster.request import Request, SamplingParams
 from transports.grpc import GrpcTransport
-from transports.messages import Abort, BlockEvents, PrefillSource, Report, Resync, Submit, Tokens
+from transports.messages import WATCHER, Abort, BlockEvents, PrefillSource, Report, Resync, Submit, Tokens
 from transports.transport import Credential, WorkerLink
 from workers.worker import Worker, host_id
 
@@ -315,9 +316,170 @@ async def test_block_events_are_numbered_and_a_resync_tells_all_again(fleet):
     assert sum(len(event.hashes) for event in again.events if isinstance(event, KvStored)) >= 100 // 16
 
 
-async def test_a_worker_that_the_registry_forgot_registers_again(fleet):
+async def test_a_worker_registers_again_until_a_controller_watches_it(fleet):
     await fleet.worker("w", Role.MIXED)
     await fleet.registry.deregister("w")
     fleet.registry.registered.clear()
     await asyncio.wait_for(fleet.registry.registered.wait(), PATIENCE_S)
     assert "mixed-w-0" in fleet.registry.rows
+
+
+async def test_a_watcher_hears_reports_and_no_block_events(fleet):
+    await fleet.worker("w", Role.MIXED)
+    link, watcher = await fleet.link("mixed-w-0"), await fleet.link("mixed-w-0", f"{WATCHER}1")
+    link.submit()
+    await link.finished()
+    for _ in range(2):
+        assert isinstance(await watcher.next(object), Report)
+    assert fleet.workers["w"]._watched
+
+
+async def test_a_watcher_of_an_epoch_that_is_over_does_not_count(fleet):
+    fleet.registry.epoch = 5
+    worker = await fleet.worker("w", Role.MIXED)
+    await fleet.link("mixed-w-0", f"{WATCHER}4")
+    assert not worker._watched
+    await fleet.link("mixed-w-0", f"{WATCHER}5")
+    assert worker._watched
+
+
+def plan_of(worker: Worker, name: str, role: Role, pace: Pace = FAST) -> ReplicaPlan:
+    group = ReplicaGroup(role=role, engine="emulated", pace=pace, kv_blocks=64, max_running=8)
+    return ReplicaPlan(replica_id=name, group=group, model=ModelSpec(name="tiny", path="tiny"))
+
+
+async def eventually(registry: FakeRegistry, holds) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not holds():
+            registry.registered.clear()
+            await registry.registered.wait()
+
+
+async def test_a_replica_that_is_ordered_joins_the_others_and_is_told_to_gateways_that_are_there(fleet):
+    worker = await fleet.worker("w", Role.MIXED)
+    link = await fleet.link("mixed-w-0")
+    worker.host(plan_of(worker, "late", Role.MIXED), epoch=1)
+    worker.host(plan_of(worker, "late", Role.MIXED), epoch=1)
+    first = await link.next(BlockEvents, lambda message: message.replica_id == "late")
+    assert (first.sequence, first.events) == (0, (KvCleared(),))
+    await eventually(fleet.registry, lambda: fleet.registry.phases.get("late") is Phase.READY)
+    link.submit(replica_id="late")
+    assert len(ids(await link.finished())) == 8
+
+
+async def test_a_drained_replica_finishes_what_it_has_and_is_gone_while_the_others_serve(fleet):
+    worker = await fleet.worker("w", Role.MIXED, Role.MIXED, pace=SLOW)
+    link = await fleet.link("mixed-w-0")
+    link.submit("old", tokens=20)
+    await link.next(Tokens)
+    worker.drain_replica("mixed-w-0", within_s=PATIENCE_S, epoch=1)
+    link.submit("new")
+    ended = {}
+    while len(ended) < 2:
+        for token in (await link.next(Tokens)).tokens:
+            if token.finish:
+                ended[token.request_id] = token
+    assert (ended["new"].finish, ended["new"].retry, ended["old"].finish) == ("error", True, "length")
+    await eventually(fleet.registry, lambda: set(fleet.registry.rows) == {"mixed-w-1"})
+
+
+async def test_a_drain_at_its_deadline_hands_the_rest_back(fleet):
+    worker = await fleet.worker("w", Role.MIXED, Role.MIXED, pace=SLOW)
+    link = await fleet.link("mixed-w-0")
+    link.submit(tokens=800)
+    await link.next(Tokens)
+    worker.drain_replica("mixed-w-0", within_s=0.0, epoch=1)
+    last = (await link.finished())[-1]
+    assert (last.finish, last.retry) == ("error", True)
+
+
+async def test_a_worker_whose_last_replica_is_drained_ends(fleet):
+    ended = asyncio.Event()
+    worker = await fleet.worker("w", Role.MIXED)
+    worker._ended = ended.set
+    worker.drain_replica("mixed-w-0", within_s=PATIENCE_S, epoch=1)
+    await asyncio.wait_for(ended.wait(), PATIENCE_S)
+    assert worker.stopped
+    assert fleet.registry.rows == {}
+
+
+@pytest.mark.parametrize(("before", "after"), [(Role.DECODE, Role.PREFILL), (Role.PREFILL, Role.DECODE)])
+async def test_a_replica_changes_its_role_in_place_and_serves_in_the_new_one(fleet, before, after):
+    worker = await fleet.worker("w", before)
+    await fleet.worker("other", after if before is Role.DECODE else Role.PREFILL)
+    name = f"{before.value}-w-0"
+    engine = worker._replicas[name].engine
+    worker.change_role(name, plan_of(worker, name, after).group, within_s=PATIENCE_S, epoch=1)
+    await eventually(fleet.registry, lambda: fleet.registry.rows[name].role is after and fleet.registry.phases[name] is Phase.READY)
+    assert worker._replicas[name].engine is engine
+    if after is Role.DECODE:
+        link = await fleet.link(name)
+        link.submit(prefill=fleet.source("prefill-other-0"))
+        assert len(ids(await link.finished())) == 8
+    assert f'role="{before.value}"' not in await scrape(worker)
+
+
+async def test_a_change_of_role_at_its_bound_hands_running_requests_back(fleet):
+    worker = await fleet.worker("w", Role.DECODE, pace=SLOW)
+    link = await fleet.link("decode-w-0")
+    link.submit(tokens=800)
+    await link.next(Tokens)
+    worker.change_role("decode-w-0", plan_of(worker, "decode-w-0", Role.PREFILL).group, within_s=0.0, epoch=1)
+    last = (await link.finished())[-1]
+    assert (last.finish, last.retry) == ("error", True)
+    assert "becomes prefill" in last.error
+
+
+async def test_a_change_of_role_at_its_bound_hands_requests_back_whose_kv_is_on_its_way(fleet):
+    await fleet.worker("p", Role.PREFILL, pace=msgspec.structs.replace(SLOW, speedup=1e-3))
+    worker = await fleet.worker("w", Role.DECODE)
+    link = await fleet.link("decode-w-0")
+    link.submit(prefill=fleet.source("prefill-p-0"))
+    await link.next(Report, lambda report: report.loads[0].waiting == 1)
+    worker.change_role("decode-w-0", plan_of(worker, "decode-w-0", Role.PREFILL).group, within_s=0.0, epoch=1)
+    (last,) = await link.finished()
+    assert (last.finish, last.retry) == ("error", True)
+
+
+async def test_orders_of_an_epoch_that_is_over_are_refused(fleet):
+    worker = await fleet.worker("w", Role.DECODE)
+    worker.host(plan_of(worker, "decode-w-0", Role.DECODE), epoch=3)
+    with pytest.raises(Fenced, match="obeys epoch 3; this order is of epoch 2"):
+        worker.drain_replica("decode-w-0", within_s=1.0, epoch=2)
+    with pytest.raises(Fenced):
+        worker.change_role("decode-w-0", plan_of(worker, "x", Role.PREFILL).group, within_s=1.0, epoch=2)
+    with pytest.raises(Fenced):
+        worker.host(plan_of(worker, "x", Role.PREFILL), epoch=2)
+
+
+async def test_a_worker_that_was_given_up_ends_when_it_comes_back(fleet):
+    ended = asyncio.Event()
+    worker = await fleet.worker("w", Role.MIXED)
+    worker._ended = ended.set
+    fleet.registry.fenced = True
+    await asyncio.wait_for(ended.wait(), PATIENCE_S)
+
+
+async def test_a_start_that_fails_is_told_and_ends_the_worker_that_has_nothing_else(fleet):
+    ended = asyncio.Event()
+    plan = WorkerPlan(worker_id="w", node=NodeSpec(name="a"), replicas=())
+    worker = fleet.workers["w"] = Worker(plan, TransportSpec(), SECRET, fleet.registry, ended=ended.set)
+    await worker.serve()
+    group = ReplicaGroup(role=Role.MIXED, engine="torch")
+    worker.host(ReplicaPlan(replica_id="r", group=group, model=ModelSpec(name="m", path="/no/such/model")), epoch=1)
+    name, error, permanent = await asyncio.wait_for(fleet.registry.failures.get(), PATIENCE_S)
+    assert (name, permanent) == ("r", True)
+    assert "/no/such/model" in error
+    await asyncio.wait_for(ended.wait(), PATIENCE_S)
+
+
+async def test_a_slowed_replica_takes_longer_and_says_so(fleet):
+    worker = await fleet.worker("w", Role.MIXED)
+    worker.slow("mixed-w-0", 3.0)
+    link = await fleet.link("mixed-w-0")
+    link.submit(tokens=64)
+    await link.finished()
+    performance = worker._replicas["mixed-w-0"].engine.performance
+    assert worker._replicas["mixed-w-0"].engine.load().step_s > 2.0 * performance.decode_step_s(1, 100)
+    with pytest.raises(InvalidRequest, match="no replica x on w"):
+        worker.slow("x", 2.0)

@@ -1,0 +1,420 @@
+"""The controller of one fleet, put together: registry, watch, loop and hands, on one asyncio loop.
+
+What must survive it is its journal and its config, in one directory; what it controls survives it by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cluster.actions import Decision
+from cluster.errors import InvalidConfig, InvalidRequest, InvalidTrace, MobulaError
+from cluster.fleet import Fleet, PipelineSpec, PolicySpec
+from cluster.metrics import DEMAND_NAMES, Sample
+from cluster.placement import group_of
+from cluster.replica import Phase, Replica
+from cluster.snapshot import ClusterSnapshot, Hold, ReplicaState
+from controller.act.actuator import Actuator
+from controller.act.hosts import Hosts
+from controller.act.orders import Orders
+from controller.controller import Controller, Course, recall
+from controller.journal import Journal
+from controller.memory import GroupMemory, Memory, with_hold, without_hold
+from controller.observe.assemble import SPAN_S
+from controller.observe.discovery import DiscoveryServer, target_groups
+from controller.observe.exporter import ControllerMetrics, Tallies
+from controller.observe.feed import TelemetryFeed
+from controller.observe.machines import Machines
+from controller.observe.observer import Observer
+from controller.observe.prometheus import Prometheus
+from controller.observe.watch import SILENCE_S, Loss, Watch
+from controller.observe.window import Window
+from controller.pipelines import as_text, build
+from controller.registry import Registry
+from controller.status import Change, FleetStatus, changes_of, fleet_status
+from controller.steady_clock import steady_clock
+from transports.links import WorkerLinks
+from transports.messages import WATCHER
+from transports.transport import Transport
+
+log = logging.getLogger(__name__)
+
+INVENTORY_S = 1.0
+PROBE_S = 2.0
+SETTLE_S = SILENCE_S  # A worker that lives has registered with a new controller by then.
+SETTLE_POLL_S = 0.05
+UNSETTLED_S = 1800.0  # Orders that are older are not given again: the longest start is half of it.
+SHOWN_CHANGES = 12
+
+KEEP = PipelineSpec(policies=(PolicySpec(use="policies.keep:Keep"),), guards=(PolicySpec(use="policies.guards:Capacity"),))
+"""Brings up a fleet whose controller is to advise only."""
+
+
+class FleetController:
+    """Made anew by each restart."""
+
+    def __init__(
+        self, directory: Path, hosts: Callable[[Fleet, int], Hosts], transport: Transport, *, prometheus_url: str | None = None
+    ) -> None:
+        """directory: of `fleet.json` and the journal. hosts: made for a fleet and an epoch. prometheus_url: of the fleet's own one.
+
+        Raises InvalidConfig.
+        """
+        self.fleet = read_fleet(directory)
+        self._directory = directory
+        self._journal = open_journal(directory / "journal.sqlite", self.fleet.control.journal_bytes)
+        last = self._journal.last()
+        self._last = last
+        self.epoch = 1 if last is None else last.epoch + 1
+        self.clock = steady_clock(0.0 if last is None else last.snapshot.now_s)
+        self._hosts = hosts(self.fleet, self.epoch)
+        self.registry = Registry(secrets.token_hex(8), self.epoch, self._table_changed)
+        self.machines = Machines(self.clock)
+        self.watch = Watch(self.registry, self.machines, {node.name: node.pool for node in self.fleet.nodes}, self.clock)
+        self.orders = Orders(_start_timeouts(self.fleet))
+        self.actuator = Actuator(self.fleet, self._hosts, self.orders, self.registry, self.watch, self.clock)
+        self.window = Window(SPAN_S)
+        self._prometheus_url = prometheus_url or self.fleet.telemetry.prometheus_url
+        source = self.window if self._prometheus_url is None else Prometheus(self._prometheus_url, SPAN_S, self.fleet.name)
+        self.feed = TelemetryFeed(source, DEMAND_NAMES, self.clock)
+        self._links = WorkerLinks(transport, f"{WATCHER}{self.epoch}", self.watch, silence_s=SILENCE_S)
+        self._losses = 0
+        observer = Observer(
+            self.fleet,
+            self.registry,
+            self.watch,
+            self.machines,
+            self.orders,
+            telemetry=self.feed.latest,
+            bury=self._bury,
+            clock=self.clock,
+        )
+        self._observer = observer
+        self._metrics = ControllerMetrics(self.epoch, self._tallies)
+        self._server = DiscoveryServer(self.fleet.name, self._targets, self._metrics.registry)
+        self._changes: deque[Change] = deque(maxlen=SHOWN_CHANGES)
+        self._passed: tuple[ClusterSnapshot, Decision] | None = None
+        self._failed: dict[str, tuple[str, bool]] = {}
+        """Of starts: why, and whether it would happen again."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.controller = Controller(
+            observer,
+            self.actuator,
+            self._journal,
+            self._course(),
+            memory=Memory(),
+            epoch=self.epoch,
+            clock=self.clock,
+            passed=self._note,
+        )
+
+    # Life
+
+    async def run(self) -> None:
+        """Takes over from whoever was before, and controls for ever."""
+        await self._serve()
+        self._do(self.feed.run())
+        await self._take_stock()
+        self._do(self._keep_stock())
+        await self._take_over()
+        await self.controller.run()
+
+    async def _serve(self) -> None:
+        """A port that cannot be had is an error of the first start; later, the fleet is controlled on without it."""
+        try:
+            await self._server.start(port=self.fleet.control.http_port)
+        except InvalidConfig as error:
+            if self._last is None:
+                raise
+            log.error("%s: no metrics and no service discovery", error)
+
+    async def _take_over(self) -> None:
+        """What an earlier controller knew and had begun; and who runs already, before anything new is decided."""
+        last, running = self._last, self.watch.running
+        if last is not None:
+            self.controller.memory = recall(self._journal)
+            self.watch.remember_lost(one for one in last.snapshot.replicas if one.phase is Phase.LOST)
+            expected = {one.replica_id: one for one in last.snapshot.replicas if _registered(one)}
+            await self._settled(expected.keys())
+            self._give_up(state for name, state in expected.items() if name not in self.registry.table.replicas)
+            self.actuator.carry_out(self.orders.resume(self._journal.unsettled(self.clock() - UNSETTLED_S)))
+        elif running:
+            log.warning("%d workers run, and no journal says why: they are kept as they are", len(running))
+            await self._settled({"those that are not known by name"})
+            self.controller.memory = self._as_found()
+
+    async def _settled(self, expected: Iterable[str]) -> None:
+        """Until all of them have registered, or had the time to."""
+        waiting = frozenset(expected)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_S):
+                while waiting - self.registry.table.replicas.keys():
+                    await self.registry.changed()
+
+    def _give_up(self, states: Iterable[ReplicaState]) -> None:
+        """They ended while nobody watched, or hang."""
+        now_s = round(self.clock(), 3)
+        lost = [msgspec.structs.replace(state, phase=Phase.LOST, phase_since_s=now_s, load=None) for state in states]
+        self.watch.remember_lost(lost)
+        for state in lost:
+            self.actuator.end(state.replica_id)
+
+    def _as_found(self) -> Memory:
+        """Nobody remembers what was wanted: what runs, then."""
+        rows = self.registry.table.replicas.values()
+        pools = {node.name: node.pool for node in self.fleet.nodes}
+        found = {group_of(self.fleet, spec): 0 for spec in self.fleet.replicas}
+        for row in rows:
+            name = f"{row.model}/{row.role.value}/{pools.get(row.node, '')}"
+            found[name] = found.get(name, 0) + 1
+        numbers = [int(name.rpartition("-")[2]) for name in self.registry.table.replicas if name.rpartition("-")[2].isdigit()]
+        groups = {name: GroupMemory(wanted=count) for name, count in found.items()}
+        return Memory(next_replica=max(numbers, default=-1) + 1, groups=groups)
+
+    async def shutdown(self, drain_s: float) -> None:
+        """End every worker: what runs may take so long to finish."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        rows = tuple(self.registry.table.membership.replicas)
+        await asyncio.gather(*(self._drain(row, drain_s) for row in rows))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s + SETTLE_S):
+                while (await self._hosts.inventory()).workers & {row.worker_id for row in rows}:  # noqa: ASYNC110
+                    await asyncio.sleep(SETTLE_POLL_S)  # A process that ends tells nobody.
+        left = {row.worker_id: row for row in self.registry.table.membership.replicas}
+        for worker_id in (await self._hosts.inventory()).workers:
+            row = left.get(worker_id)
+            await self._hosts.end(worker_id, row.node if row else "", row.pid if row else 0)
+        await self._links.close()
+        await self._server.close()
+        self._journal.close()
+
+    async def _drain(self, row: Replica, drain_s: float) -> None:
+        with contextlib.suppress(MobulaError):
+            await self._hosts.drain(row.worker_id, row.replica_id, drain_s)
+
+    # What workers and gateways say
+
+    def register(self, replicas: tuple[Replica, ...]) -> int:
+        """As `controller.registry.Registry.register`. Raises InvalidRequest for what is not of this fleet."""
+        models, nodes = {model.name for model in self.fleet.models}, {node.name for node in self.fleet.nodes}
+        for row in replicas:
+            if row.model not in models:
+                raise InvalidRequest(f"{row.replica_id} serves {row.model}, which is no model of {self.fleet.name}")
+            if row.node not in nodes:
+                raise InvalidRequest(f"{row.replica_id} runs on {row.node}, which is no node of {self.fleet.name}")
+        return self.registry.register(replicas)
+
+    def failed(self, replica_id: str, error: str, permanent: bool) -> None:
+        """A worker says why it could not start a replica."""
+        self._failed[replica_id] = (error, permanent)
+        self.orders.fail(replica_id, error)
+
+    def counted(self, gateway: str, samples: Iterable[Sample]) -> None:
+        self.window.add(self.clock(), samples)
+
+    # What operators say
+
+    async def hold(self, hold: Hold) -> None:
+        await self.controller.say(lambda memory: with_hold(memory, hold))
+
+    async def unhold(self, kinds: Iterable[str], target: str) -> bool:
+        """Whether there was such a hold."""
+        kinds, found = tuple(kinds), []
+
+        def taken_back(memory: Memory) -> Memory:
+            left = without_hold(memory, kinds, target)
+            found.append(left != memory)
+            return left
+
+        await self.controller.say(taken_back)
+        return any(found)
+
+    def reload(self, fleet: Fleet) -> None:
+        """Go on by another config, which is known to be possible. All of it or, where it cannot be written, none."""
+        course = _course(fleet)
+        write_fleet(self._directory, fleet)
+        self.fleet = self._observer.fleet = self.actuator.fleet = fleet
+        self.watch.pools = {node.name: node.pool for node in fleet.nodes}
+        self.orders.start_timeout_s = _start_timeouts(fleet)
+        self.controller.course = course
+
+    # What people ask
+
+    def status(self) -> FleetStatus | None:
+        """None before the first pass."""
+        if self._passed is None:
+            return None
+        return fleet_status(
+            self.fleet,
+            *self._passed,
+            self.registry.table.membership,
+            epoch=self.epoch,
+            mode=self.fleet.control.mode,
+            gateways=tuple(f"{self.fleet.scheme}://{address}" for address in self.registry.gateways()),
+            http_url=f"http://{self._server.address}",
+            prometheus_url=self._prometheus_url or "",
+            controller_pid=os.getpid(),
+            failures=self.controller.failures,
+            unwritten=self.controller.unwritten,
+            changes=tuple(self._changes),
+        )
+
+    def progress(self) -> Progress:
+        """How far the first start is."""
+        wanted = sum(spec.count for spec in self.fleet.replicas)
+        ready = tuple(row.replica_id for row in self.registry.table.membership.replicas if row.phase is Phase.READY)
+        failures = tuple(
+            Failure(replica_id=name, error=error, permanent=permanent) for name, (error, permanent) in self._failed.items()
+        )
+        return Progress(wanted=wanted, ready=ready, failures=failures)
+
+    async def slow(self, replica_id: str, factor: float) -> None:
+        worker_id = self.actuator.worker_of(replica_id)
+        if worker_id is None:
+            raise InvalidRequest(f"no replica {replica_id} is known; `mobula status` names them")
+        await self._hosts.slow(worker_id, replica_id, factor)
+
+    # Inside
+
+    def _table_changed(self) -> None:
+        self.watch.table_changed()
+        self._links.update(self.registry.table.membership)
+
+    def _bury(self, loss: Loss) -> None:
+        self._losses += 1
+        self.actuator.bury(loss)
+
+    async def _keep_stock(self) -> None:
+        probing: set[str] = set()
+
+        async def probe(node: str) -> None:
+            try:
+                answered = await self._hosts.probe(node)
+                (self.machines.answered if answered else self.machines.unanswered)(node)
+                await asyncio.sleep(0 if answered else PROBE_S)
+            finally:
+                probing.discard(node)
+
+        while True:
+            await asyncio.sleep(INVENTORY_S)
+            with contextlib.suppress(Exception):
+                await self._take_stock()
+            for node in self.machines.suspects - probing:
+                probing.add(node)
+                self._do(probe(node))
+
+    async def _take_stock(self) -> None:
+        at_s = self.clock()
+        inventory = await self._hosts.inventory()
+        self.machines.told(inventory.nodes)
+        self.watch.told_running(inventory.workers, at_s)
+        self.actuator.told_running(inventory.workers, at_s)
+
+    def _note(self, snapshot: ClusterSnapshot, decision: Decision, pass_s: float) -> None:
+        self._passed = (snapshot, decision)
+        for change in changes_of(snapshot, decision):
+            self._changes.appendleft(change)
+        self._metrics.passed(snapshot, decision, pass_s)
+        if self.controller.course.text == as_text(KEEP) and self._is_up(snapshot):
+            self.controller.course = _course(self.fleet)
+
+    def _is_up(self, snapshot: ClusterSnapshot) -> bool:
+        ready = [sum(one.phase is Phase.READY for one in snapshot.replicas_by_group[group.name]) for group in snapshot.groups]
+        return all(count >= group.wanted for count, group in zip(ready, snapshot.groups, strict=True))
+
+    def _course(self) -> Course:
+        """An adviser brings its fleet up before it only advises; one that takes over finds it up."""
+        if self.fleet.control.mode == "advise" and self._last is None:
+            return Course(pipeline=build(KEEP), text=as_text(KEEP))
+        return _course(self.fleet)
+
+    def _targets(self) -> Any:
+        return target_groups(self.fleet, self.registry.table.replicas.values(), self.registry.gateways())
+
+    def _tallies(self) -> Tallies:
+        return Tallies(
+            failures=self.controller.failures,
+            unwritten=self.controller.unwritten,
+            telemetry_errors=self.feed.errors,
+            samples_refused=self.window.refused,
+            heartbeats_lost=self._losses,
+            journal_bytes=self._journal.used_bytes,
+        )
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica that did not start."""
+
+    replica_id: str
+    error: str
+    permanent: bool
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the first start is."""
+
+    wanted: int
+    ready: tuple[str, ...]
+    failures: tuple[Failure, ...]
+
+
+def write_fleet(directory: Path, fleet: Fleet) -> None:
+    """All or nothing."""
+    draft = directory / "fleet.json.new"
+    draft.write_bytes(msgspec.json.encode(fleet))
+    draft.replace(directory / "fleet.json")
+
+
+def read_fleet(directory: Path) -> Fleet:
+    """Raises InvalidConfig."""
+    try:
+        return msgspec.json.decode((directory / "fleet.json").read_bytes(), type=Fleet)
+    except (OSError, msgspec.DecodeError) as error:
+        raise InvalidConfig(f"{directory / 'fleet.json'} cannot be read: {error}") from error
+
+
+def open_journal(path: Path, max_bytes: int) -> Journal:
+    """One that cannot be read is put aside, and a new one begun: a fleet is worth more than its history."""
+    try:
+        return Journal(path, max_bytes=max_bytes)
+    except InvalidTrace as error:
+        aside = path.with_suffix(f".{time.time_ns()}.broken")
+        log.error("%s; it is kept as %s, and a new one begun", error, aside)
+        path.replace(aside)
+        return Journal(path, max_bytes=max_bytes)
+
+
+def _course(fleet: Fleet) -> Course:
+    control = fleet.control
+    return Course(
+        pipeline=build(control.pipeline),
+        text=as_text(control.pipeline),
+        mode=control.mode,
+        challengers={name: build(spec, f"control.challengers.{name}") for name, spec in control.challengers.items()},
+    )
+
+
+def _start_timeouts(fleet: Fleet) -> dict[str, float]:
+    return {group_of(fleet, spec): spec.start_timeout_s for spec in fleet.replicas}
+
+
+def _registered(state: ReplicaState) -> bool:
+    """Whether it had told what it is."""
+    return state.load is not None and state.phase is not Phase.LOST

@@ -1,0 +1,118 @@
+"""A journal is listed in lines, and decided again."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cli import journal as command
+from cli.main import main
+from cluster.actions import Decision, DrainReplica, Reason
+from cluster.fleet import PipelineSpec
+from controller.journal import Entry, Journal
+from controller.pipelines import as_text
+from tests.controller.scripted import LOST_AT, play
+from tests.policies.clusters import BUCKET_S, NOW_S, cluster, group, steady
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(command.time, "time", lambda: NOW_S + 1000.0)
+
+
+def run(*words: str | Path) -> int | str | None:
+    with pytest.raises(SystemExit) as ended:
+        main(["journal", *(str(word) for word in words)])
+    return ended.value.code
+
+
+def listed(capsys: pytest.CaptureFixture[str], path: Path, *words: str) -> list[command.Line]:
+    assert run("list", "--journal", path, "--json", *words) == 0
+    return msgspec.json.decode(capsys.readouterr().out, type=list[command.Line])
+
+
+def test_every_pass_that_changed_something_is_a_line_with_its_reason(played: Path, capsys):
+    lines = {line.number: line for line in listed(capsys, played)}
+    assert sorted(lines) == [one.number for one in Journal(played, read_only=True).changes(most=100)]
+    assert lines[12].what == "start 2 of m/decode/p; start 2 of m/prefill/p"
+    assert lines[12].why == "1 do not carry 62.52 requests/s: saturation; 1 do not carry 62.52 requests/s: utilisation"
+    assert lines[46].what == "decode-p-7 becomes prefill"
+    assert lines[LOST_AT].why == "the target stays, and what is missing is replaced"
+
+
+def test_latest_are_listed_and_bounded_by_number_and_time(played: Path, capsys):
+    assert [line.number for line in listed(capsys, played, "--last", "2")] == [117, 120]
+    since = f"-{1000 - 110 * BUCKET_S:.0f}s"
+    assert [line.number for line in listed(capsys, played, "--since", since)] == [111, 114, 117, 120]
+
+
+def test_table_fits_the_terminal(played: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("list", "--journal", played) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("decode-p-7 becomes" in line for line in lines)
+
+
+def test_same_advice_in_a_row_is_one_line(tmp_path: Path, capsys):
+    journal = Journal(tmp_path / "j")
+    reason = Reason(text="because")
+    for number, names in enumerate(("abcd", "abcd", "abcd", "e")):
+        drains = tuple(DrainReplica(replica_id=name, deadline_s=0.0, reason=reason) for name in names)
+        snapshot = cluster([group()], [steady(1.0)], pass_number=number, now_s=NOW_S + number)
+        journal.write(Entry(epoch=1, pipeline="{}", mode="advise", snapshot=snapshot, decision=Decision(actions=drains)))
+    assert [(line.number, line.what, line.times) for line in listed(capsys, tmp_path / "j")] == [
+        (2, "drain a, b and 2 more", 3),
+        (3, "drain e", 1),
+    ]
+
+
+def test_nothing_changed_is_said(tmp_path: Path, capsys):
+    Journal(tmp_path / "j").close()
+    assert run("list", "--journal", tmp_path / "j") == 0
+    assert capsys.readouterr().out == "no pass has changed anything\n"
+
+
+def test_journal_that_replays_equal_ends_with_0(played: Path, capsys):
+    assert run("replay", "--journal", played) == 0
+    assert capsys.readouterr().out == "156 passes decided again: 156 agree, 0 differ\n"
+
+
+def test_first_differences_are_shown_by_field_and_end_with_1(tmp_path: Path, capsys):
+    journal = play(tmp_path / "j")
+    last = journal.last()
+    for number in range(200, 205):
+        snapshot = msgspec.structs.replace(last.snapshot, pass_number=number)
+        decision = msgspec.structs.replace(last.decision, targets={**last.decision.targets, "m/prefill/p": number})
+        journal.write(Entry(epoch=1, pipeline=as_text(PipelineSpec()), mode="act", snapshot=snapshot, decision=decision))
+    assert run("replay", "--journal", tmp_path / "j") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "161 passes decided again: 156 agree, 5 differ"
+    assert lines[1:3] == ["pass 200:", "  targets.m/prefill/p: 200 was recorded, 1 now"]
+    assert [line for line in lines if line.startswith("pass ")] == ["pass 200:", "pass 201:", "pass 202:"]
+
+
+def test_many_different_fields_are_cut(tmp_path: Path, capsys):
+    journal = Journal(tmp_path / "j")
+    snapshot = cluster([group()], [steady(60.0)], pass_number=1)
+    journal.write(Entry(epoch=1, pipeline=as_text(PipelineSpec()), mode="act", snapshot=snapshot, decision=Decision(failed="x")))
+    assert run("replay", "--journal", tmp_path / "j") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("  actions: 0 were recorded, ")
+    assert "  failed: 'x' was recorded, '' now" in lines
+
+
+def test_unknown_schema_and_unknown_policies_end_with_2(tmp_path: Path, capsys):
+    play(tmp_path / "j").close()
+    with sqlite3.connect(tmp_path / "j") as db:
+        db.execute('UPDATE pipelines SET config = \'{"policies":[{"use":"gone:Away"}]}\'')
+    assert run("replay", "--journal", tmp_path / "j") == 2
+    assert "'gone:Away' cannot be imported" in capsys.readouterr().err
+    with sqlite3.connect(tmp_path / "j") as db:
+        db.execute("UPDATE journal SET schema = 99")
+    assert run("replay", "--journal", tmp_path / "j") == 2
+    assert "schema 99; this release reads 1" in capsys.readouterr().err
