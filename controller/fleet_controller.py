@@ -65,11 +65,17 @@ class FleetController:
     """Made anew by each restart."""
 
     def __init__(
-        self, directory: Path, hosts: Callable[[Fleet, int], Hosts], transport: Transport, *, prometheus_url: str | None = None
+        self,
+        directory: Path,
+        hosts: Callable[[Fleet, int], Hosts],
+        transport: Transport,
+        *,
+        prometheus_url: str | None = None,
+        clock_from: Callable[[float], Callable[[], float]] = steady_clock,
     ) -> None:
         """directory: of `fleet.json` and the journal. hosts: made for a fleet and an epoch. prometheus_url: of the fleet's own one.
 
-        Raises InvalidConfig.
+        clock_from: makes the clock, of Unix seconds that never step back, nor show less than it is given. Raises InvalidConfig.
         """
         self.fleet = read_fleet(directory)
         self._directory = directory
@@ -77,7 +83,7 @@ class FleetController:
         last = self._journal.last()
         self._last = last
         self.epoch = 1 if last is None else last.epoch + 1
-        self.clock = steady_clock(0.0 if last is None else last.snapshot.now_s)
+        self.clock = clock_from(0.0 if last is None else last.snapshot.now_s)
         self._hosts = hosts(self.fleet, self.epoch)
         self.registry = Registry(secrets.token_hex(8), self.epoch, self._table_changed)
         self.machines = Machines(self.clock)

@@ -123,12 +123,14 @@ def with_reasons(console: Console, began_s: float, load: Load, kill: Mark) -> No
         table.add_column(heading, overflow="fold")
     for at_s, number in decided:
         for answer in explain(journal, number).groups:
-            table.add_row(f"{at_s:.0f}", "\n".join(answer.actions), answer.why, flip(answer))
+            table.add_row(
+                f"{at_s:.0f}", "\n".join(f"{step.action}: {step.became}" for step in answer.actions), answer.why, flip(answer)
+            )
     console.print(table)
     picture = OUT / "demo.png"
-    draw(load, SLO, counts, sorted(marks, key=lambda mark: mark.at_s), picture, "Five minutes on four L4-like machines")
+    draw(load, SLO, counts, sorted(marks, key=lambda mark: mark.at_s), picture, "Five minutes on three L4-like machines")
     console.print(f"picture: {picture}\nreport: {OUT / 'demo.json'}\njournal: {FLEET.journal_path}", highlight=False)
-    mobula("journal", "replay", FLEET.path.name)
+    mobula("journal", "replay", "--fleet", FLEET.path.name)
 
 
 def flip(answer: GroupAnswer) -> str:

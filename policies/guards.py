@@ -64,7 +64,22 @@ class RateOfChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         share(down_share=self.down_share)
 
     def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
-        return _each(actions, "RateOfChange", lambda action: self._of(snapshot, action))
+        return _each(
+            actions, "RateOfChange", lambda action: self._of(snapshot, action), lambda whole: self._of_all(snapshot, whole)
+        )
+
+    def _of_all(self, snapshot: ClusterSnapshot, bundle: Sequence[ScaleRole]) -> str:
+        """A rearrangement is a step of its groups' sum."""
+        groups = [snapshot.group_by_name[action.group] for action in bundle]
+        before, after = sum(group.wanted for group in groups), sum(action.replicas for action in bundle)
+        most = before + max(self.up_least, math.floor(before * self.up_share))
+        least = before - max(1, math.floor(before * self.down_share))
+        if not least <= after <= most:
+            return f"{after} in all is outside [{least}, {most}], one step from {before}"
+        ago_s = min(
+            (snapshot.now_s - group.changed_down_s for group in groups if group.changed_down_s is not None), default=math.inf
+        )
+        return f"the last step down was {ago_s:.0f} s ago, below {self.down_every_s:.0f} s" if ago_s < self.down_every_s else ""
 
     def _of(self, snapshot: ClusterSnapshot, action: Action) -> tuple[Action | None, str]:
         if not isinstance(action, ScaleRole):
@@ -94,7 +109,17 @@ class DisruptionBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         share(leaving_share=self.leaving_share)
 
     def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
-        return _each(actions, "DisruptionBudget", lambda action: self._of(snapshot, action))
+        return _each(
+            actions, "DisruptionBudget", lambda action: self._of(snapshot, action), lambda whole: self._of_all(snapshot, whole)
+        )
+
+    def _of_all(self, snapshot: ClusterSnapshot, bundle: Sequence[ScaleRole]) -> str:
+        """A rearrangement is judged by its groups together."""
+        groups = [snapshot.group_by_name[action.group] for action in bundle]
+        leaving = sum(max(0, group.wanted - action.replicas) for group, action in zip(groups, bundle, strict=True))
+        leaving += sum(one.phase is Phase.DRAINING for group in groups for one in snapshot.replicas_by_group[group.name])
+        most = max(1, math.floor(sum(group.wanted for group in groups) * self.leaving_share))
+        return f"{leaving} would be leaving and {most} may" if leaving > most else ""
 
     def _of(self, snapshot: ClusterSnapshot, action: Action) -> tuple[Action | None, str]:
         if not isinstance(action, ScaleRole | ChangeRole):
@@ -148,14 +173,32 @@ def _with(action: ScaleRole, replicas: int) -> ScaleRole:
     return msgspec.structs.replace(action, replicas=replicas)
 
 
-def _each(actions: Sequence[Action], by: str, limit: Callable[[Action], tuple[Action | None, str]]) -> Verdict:
-    """`limit` answers with what may pass, if anything, and why it is less than was asked; an empty why means that it is not."""
+def _each(
+    actions: Sequence[Action],
+    by: str,
+    limit: Callable[[Action], tuple[Action | None, str]],
+    limit_all: Callable[[Sequence[ScaleRole]], str] | None = None,
+) -> Verdict:
+    """`limit` answers with what may pass, if anything, and why it is less than was asked; an empty why means that it is not.
+
+    limit_all: the same of the targets of one bundle together, which pass or do not.
+    """
     passed: list[Action] = []
     dropped: list[Dropped] = []
+    bundles: dict[str, list[ScaleRole]] = {}
     for action in actions:
+        if limit_all is not None and isinstance(action, ScaleRole) and action.bundle:
+            bundles.setdefault(action.bundle, []).append(action)
+            continue
         allowed, why = limit(action)
         if allowed is not None:
             passed.append(allowed)
         if why:
             dropped.append(Dropped(action=action, by=by, why=why))
+    for bundle in bundles.values():
+        why = limit_all(bundle) if limit_all is not None else ""
+        if why:
+            dropped += [Dropped(action=action, by=by, why=why) for action in bundle]
+        else:
+            passed += bundle
     return Verdict(actions=tuple(passed), dropped=tuple(dropped))

@@ -28,7 +28,7 @@ STATUS = FleetStatus(
     price_usd_per_hour=3.0, used_usd_per_hour=1.5, nodes=(NODE,), models=(MODEL,), replicas=(READY, LOST),
     groups=(GroupStatus(name="tiny/decode/a100-spot", wanted=2, ready=1, min_replicas=1, max_replicas=4),),
     holds=(Hold(kind="pin", target="tiny/decode/a100-spot", replicas=2, author="ada", expires_s=0.0),),
-    changes=(Change(number=3, at_s=0.0, text="start decode-a100-spot-11 on spot-a", reason="1 do not carry 9.00 requests/s: TPOT"),),
+    changes=(Change(number=3, at_s=0.0, text="start decode-a100-spot-11 on spot-a", reason="1 do not carry 9.00/s: TPOT"),),
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_hands_cost_and_last_decisions_are_told():
     text = " ".join(lines(STATUS))
     assert "$1.50/h in use of $3.00/h" in text
     assert "pin tiny/decode/a100-spot to 2 by ada until" in text
-    assert "start decode-a100-spot-11 on spot-a: 1 do not carry 9.00 requests/s: TPOT" in text
+    assert "start decode-a100-spot-11 on spot-a: 1 do not carry 9.00/s: TPOT" in text
 
 
 def test_more_replicas_than_a_screen_holds_are_counted():

@@ -7,6 +7,7 @@ from cluster.node import Node
 from cluster.replica import Phase, Role
 from cluster.snapshot import Hold
 from policies.guards import Capacity, DisruptionBudget, Paused, RateOfChange, StaleTelemetry
+from policies.policy import Verdict
 from tests.policies.clusters import NOW_S, cluster, group, replica, steady
 
 WHY = Reason(text="because")
@@ -53,6 +54,31 @@ def test_role_change_waits_for_another_that_leaves():
     verdict = DisruptionBudget().limit(cluster([prefill, decode], replicas=leaving), [action])
     assert verdict.actions == ()
     assert len(verdict.dropped) == 1
+
+
+def arrange(prefills: int, decodes: int, *groups, **more):
+    wishes = [
+        ScaleRole(group=one.name, replicas=to, reason=WHY, bundle="b") for one, to in zip(groups, (prefills, decodes), strict=True)
+    ]
+    return wishes, cluster(groups, **more)
+
+
+@pytest.mark.parametrize("guard", [RateOfChange(), DisruptionBudget()])
+def test_an_arrangement_is_judged_by_its_groups_together(guard):
+    wishes, snapshot = arrange(0, 7, group(Role.PREFILL, 2), group(Role.DECODE, 6))
+    assert guard.limit(snapshot, wishes) == Verdict(actions=tuple(wishes))
+
+
+def test_an_arrangement_that_moves_too_many_is_stopped_whole():
+    wishes, snapshot = arrange(0, 12, group(Role.PREFILL, 10), group(Role.DECODE, 10))
+    verdict = DisruptionBudget().limit(snapshot, wishes)
+    assert verdict.actions == ()
+    assert [one.why for one in verdict.dropped] == ["10 would be leaving and 6 may"] * 2
+
+
+def test_an_arrangement_keeps_the_distance_of_steps_down():
+    wishes, snapshot = arrange(0, 7, group(Role.PREFILL, 2, changed_down_s=NOW_S - 5.0), group(Role.DECODE, 6))
+    assert len(RateOfChange().limit(snapshot, wishes).dropped) == 2
 
 
 def test_pool_grants_what_it_has_places_for():

@@ -4,7 +4,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.actions import ChangeRole, DrainReplica, Reason, ScaleRole, StartReplica
+from cluster.actions import ChangeRole, DrainReplica, Dropped, Reason, ScaleRole, StartReplica
 from cluster.replica import Role
 from policies.guards import Capacity, RateOfChange
 from policies.pipeline import Pipeline
@@ -39,11 +39,23 @@ class Stops(msgspec.Struct, frozen=True):
     group: str
 
     def limit(self, snapshot, actions):
-        from cluster.actions import Dropped
-
         stopped = [action for action in actions if isinstance(action, ScaleRole) and action.group == self.group]
         rest = tuple(action for action in actions if action not in stopped)
         return Verdict(actions=rest, dropped=tuple(Dropped(action=action, by="Stops", why="no") for action in stopped))
+
+
+class StopsBundles(msgspec.Struct, frozen=True):
+    def limit(self, snapshot, actions):
+        first = next((action for action in actions if action.bundle), None)
+        rest = tuple(action for action in actions if action is not first)
+        return Verdict(actions=rest, dropped=() if first is None else (Dropped(action=first, by="StopsBundles", why="no"),))
+
+
+class StopsChanges(msgspec.Struct, frozen=True):
+    def limit(self, snapshot, actions):
+        stopped = [action for action in actions if isinstance(action, ChangeRole)]
+        rest = tuple(action for action in actions if action not in stopped)
+        return Verdict(actions=rest, dropped=tuple(Dropped(action=one, by="StopsChanges", why="no") for one in stopped))
 
 
 def scale(to: int, of=DECODE, bundle: str = "") -> ScaleRole:
@@ -63,7 +75,7 @@ def test_earlier_policy_wins_and_the_loser_is_recorded():
     assert decision.targets[DECODE.name] == 3
     (lost,) = decision.dropped
     assert (lost.action, lost.by) == (scale(5), "Says")
-    assert lost.why == f"ScaleRole has claimed {DECODE.name} before"
+    assert lost.why == f"{DECODE.name} is claimed before Says"
 
 
 def test_emergency_goes_first_wherever_it_stands():
@@ -88,6 +100,19 @@ def test_bundle_goes_when_a_guard_stops_a_part_of_it():
     decision = decide(bundle, guards=[Stops(DECODE.name)])
     assert decision.actions == ()
     assert [one.why for one in decision.dropped] == ["no", "bundle b has lost another action"]
+
+
+def test_claims_of_what_a_guard_stops_are_given_back():
+    arranged = Says((scale(9, bundle="b"), scale(0, PREFILL, bundle="b")))
+    decision = decide(arranged, Says((scale(3), scale(4, PREFILL))), guards=[StopsBundles()])
+    assert decision.targets == {PREFILL.name: 4, DECODE.name: 3}
+    assert [one.why for one in decision.dropped] == ["no", "bundle b has lost another action"]
+
+
+def test_role_change_that_a_guard_stops_leaves_scaling_to_scale():
+    decision = decide(Says((change(),)), Says((scale(3), scale(2, PREFILL))), guards=[StopsChanges()])
+    assert decision.targets == {PREFILL.name: 2, DECODE.name: 3}
+    assert [type(one.action) for one in decision.dropped] == [ChangeRole]
 
 
 def test_policy_that_raises_makes_the_pass_do_nothing():
