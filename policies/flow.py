@@ -46,8 +46,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How long is looked back, and how sure one must be."""
 
     rise_s: tuple[float, ...] = (5.0, 15.0, 60.0, 180.0)
-    """Windows in which a rise may show. The last one's mean is believed as it is: of a hundred requests or more, whose count swings
-    by less than the utilisation bound leaves free."""
+    """Windows in which a rise may show. The last one's mean may be believed as it is."""
     fall_s: float = 180.0
     """A fall is believed when no part of it was busier. Longer than most lulls of a minute-scale burst (Azure 2023)."""
     fall_part_s: float = 60.0
@@ -82,16 +81,20 @@ def mix(buckets: Sequence[Demand], rate_rps: float, dispersion: float) -> Flow:
     )
 
 
-def risen(workload: Workload, window: Window, ahead_s: float = 0.0) -> Flow:
-    """The flow to have capacity for now: never below what a lower bound shows, with its trend carried `ahead_s` seconds on."""
+def risen(workload: Workload, window: Window, ahead_s: float = 0.0, *, surely: bool = False) -> Flow:
+    """The flow to have capacity for now: never below what a lower bound shows, with its trend carried `ahead_s` seconds on.
+
+    surely: of the longest window as well the lower bound is taken, not the mean.
+    """
     dispersion = index_of_dispersion(workload.buckets)
     longest = _last(workload, window.rise_s[-1])
-    rate_rps = _requests(longest) / (len(longest) * workload.bucket_s) if longest else 0.0
-    for span_s in window.rise_s[:-1]:
+    rate_rps = 0.0
+    for span_s in window.rise_s:
         last = _last(workload, span_s)
         count = _requests(last)
+        sigmas = window.sigmas if surely or span_s < window.rise_s[-1] else 0.0
         if last:
-            rate_rps = max(rate_rps, (count - window.sigmas * math.sqrt(dispersion * count)) / (len(last) * workload.bucket_s))
+            rate_rps = max(rate_rps, (count - sigmas * math.sqrt(dispersion * count)) / (len(last) * workload.bucket_s))
     return mix(longest, max(rate_rps, _trend(longest, workload.bucket_s, dispersion, window.sigmas, ahead_s)), dispersion)
 
 
