@@ -37,6 +37,7 @@ class Flow(msgspec.Struct, frozen=True, kw_only=True):
         return self.at(self.rate_rps * factor)
 
 
+LATENCY_SPAN_S = 60.0  # Of measured quantiles: enough requests for a P99 at 2 requests/s, recent enough to follow a change.
 LOWER_TENTHS = 0.561  # Of a squared normal variable's mean lies below its 90th percentile: P(chi2_3 < 2.706).
 
 EMPTY = Flow(rate_rps=0.0, prompt_tokens=0.0, prompt_tokens_sd=0.0, context_tokens=0.0, output_tokens=0.0)
@@ -84,8 +85,9 @@ def mix(buckets: Sequence[Demand], rate_rps: float, dispersion: float) -> Flow:
 def risen(workload: Workload, window: Window, ahead_s: float = 0.0, *, surely: bool = False) -> Flow:
     """The flow to have capacity for now: never below what a lower bound shows, with its trend carried `ahead_s` seconds on.
 
-    surely: of the longest window as well the lower bound is taken, not the mean.
+    surely: of the longest window as well the lower bound is taken, not the mean; so it is until that window is full.
     """
+    surely = surely or len(workload.buckets) * workload.bucket_s < window.rise_s[-1]
     dispersion = index_of_dispersion(workload.buckets)
     longest = _last(workload, window.rise_s[-1])
     rate_rps = 0.0
@@ -110,6 +112,17 @@ def fallen(workload: Workload, window: Window) -> Flow:
     count = max((late - early for early, late in zip(sums, sums[length:], strict=False)), default=sums[-1])
     rate_rps = (count + window.sigmas * math.sqrt(dispersion * count)) / (length * workload.bucket_s)
     return mix(last, rate_rps, dispersion)
+
+
+def missed(workload: Workload, window: Window, kept_share: float) -> bool:
+    """Whether surely fewer than `kept_share` of the requests are inside their SLO, or that is not known.
+
+    How sure one is, the count of the span says over which it was measured.
+    """
+    if workload.attainment is None:
+        return True
+    count = max(1.0, _requests(_last(workload, LATENCY_SPAN_S)))
+    return workload.attainment < kept_share - window.sigmas * math.sqrt(kept_share * (1.0 - kept_share) / count)
 
 
 def reaches_back(workload: Workload, window: Window) -> bool:

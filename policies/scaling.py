@@ -16,7 +16,7 @@ import msgspec
 from cluster.actions import Action, Reason, ScaleRole
 from cluster.snapshot import ClusterSnapshot, Group, Workload
 from policies import levers
-from policies.flow import Flow, Window, fallen, reaches_back, risen
+from policies.flow import Flow, Window, fallen, missed, reaches_back, risen
 from policies.ranges import at_least, positive, share
 from policies.shares import fits_of, shares
 from policies.sizing import Bounds, smallest
@@ -70,7 +70,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     settle_s: float = 30.0
     """After the target rose it does not fall for so long: what was started has not yet shown its effect."""
     kept_share: float = 0.98
-    """While so many requests are measured to be inside their SLO, a rise must be sure: not even the longest window's mean is
+    """Until surely fewer requests are measured to be inside their SLO, a rise must be sure: not even the longest window's mean is
     believed as it is. One more missed of a hundred than what the fleet is sized for."""
     backlog_s: float = 10.0
     """Time in which requests that queue are to be worked off."""
@@ -121,8 +121,8 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def rise(self, workload: Workload, startup_s: float) -> Flow:
         """The flow to be ready for by the time a replica started now is: trend, and what already queues."""
-        kept = workload.attainment is not None and workload.attainment >= self.kept_share
-        flow = risen(workload, self.window, ahead_s=startup_s, surely=kept)
+        surely = not missed(workload, self.window, self.kept_share)
+        flow = risen(workload, self.window, ahead_s=startup_s, surely=surely)
         return flow.at(flow.rate_rps + workload.queued / self.backlog_s)
 
     def limits(self, group: Group, now_s: float) -> tuple[int, int]:

@@ -33,11 +33,11 @@ from cluster.slo import Slo
 from cluster.snapshot import ClusterSnapshot, Group, ReplicaState, Workload
 from controller.memory import GroupMemory, Memory
 from controller.observe.counters import LATE_S, Series, covered_until_s, demand, latency, rise, share_within
+from policies.flow import LATENCY_SPAN_S
 from workers.build_engine import performance_of
 
 BUCKET_S = 1.0  # A burst shows in the bucket after it, and counts of a second are still told from noise by their windows.
 BUCKETS = 300
-LATENCY_SPAN_S = 60.0  # Of measured quantiles: enough requests for a P99 at 2 requests/s, recent enough to follow a change.
 SPAN_S = BUCKETS * BUCKET_S + LATENCY_SPAN_S
 
 Telemetry = Mapping[str, Sequence[Series]]
