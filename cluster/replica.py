@@ -82,7 +82,7 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
     replicas: tuple[Replica, ...] = ()
 
 
-class Load(msgspec.Struct, frozen=True, kw_only=True):
+class Load(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a replica says of itself every 200 ms."""
 
     replica_id: str
@@ -104,5 +104,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float = 0.0
     """Mean duration of the latest steps; 0 before the first."""
     power_w: float = 0.0
+    slowdown: float = 1.0
+    """Measured over predicted time of the latest steps, each predicted by what it computed."""
     overrun_share: float = 0.0
     """Share of paced steps that took longer than the emulated time, in [0, 1]."""

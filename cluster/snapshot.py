@@ -52,7 +52,7 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
         return group_name(self.model, self.role, self.pool)
 
 
-class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
+class ReplicaState(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One replica and the last that was heard of it."""
 
     replica_id: str
@@ -74,7 +74,7 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
         return self.phase in (Phase.STARTING, Phase.WARMING, Phase.READY)
 
 
-class Demand(msgspec.Struct, frozen=True, kw_only=True):
+class Demand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Sums over what happened in one bucket of time. Second moments tell how uneven it was."""
 
     requests: float = 0.0

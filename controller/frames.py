@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -17,11 +18,24 @@ from cluster.replica import Load, Phase
 from cluster.snapshot import ClusterSnapshot, Demand, ReplicaState, Workload
 
 COMPRESSION = 6
-DECIMALS: Mapping[str, int] = {"at_s": 1, "load_age_s": 1, "step_s": 5, "power_w": 0, "overrun_share": 2}
-"""Digits that the observer leaves of each figure; one with more is kept as a whole float."""
+DECIMALS: Mapping[str, int] = {"at_s": 1, "load_age_s": 1, "step_s": 5, "slowdown": 2, "power_w": 0, "overrun_share": 2}
+BUCKET_DECIMALS: Mapping[str, int] = {
+    "requests": 3,
+    "prompt_tokens": 1,
+    "prompt_tokens_squared": 1,
+    "cached_tokens": 1,
+    "output_tokens": 1,
+}
+"""Digits that the observer leaves of each figure; a column with more is kept as whole floats."""
+WHOLE = 2.0**53  # Below it doubles tell whole numbers apart.
 PHASES = tuple(Phase)
 _COUNTS = ("sequence", "running", "waiting", "waiting_tokens", "kv_tokens", "kv_blocks_used")
+_FIELDS = (*_COUNTS, "phase", *(field for field in DECIMALS if field != "load_age_s"))
+_fields = attrgetter(*_FIELDS)
+_NO_LOAD = tuple(PHASES[0] if field == "phase" else 0 for field in _FIELDS)
+_PHASE_NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 _SHARED = ("nodes", "groups", "holds", "failed_starts")
+_facts = attrgetter(*(field for field in ReplicaState.__struct_fields__ if field not in ("load", "load_age_s")))
 _set = msgspec.structs.replace
 
 
@@ -30,9 +44,12 @@ class _Slide(msgspec.Struct, frozen=True, kw_only=True):
 
     workload: Workload
     """Without its buckets."""
+    count: int
     kept: int
     """Of the last one's buckets, its newest."""
-    added: tuple[Demand, ...]
+    factors: dict[str, float]
+    """What the kept ones are times as much as they were, by field: means of late are taken for the past as well."""
+    columns: dict[str, bytes]
 
 
 class _Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +82,7 @@ def encode(snapshot: ClusterSnapshot, before: ClusterSnapshot | None = None) -> 
         },
         workloads=tuple(_slide(workload, before) for workload in snapshot.workloads),
         gone=tuple(name for name in old if name not in new),
-        rows=tuple(_bare(replica) for name, replica in new.items() if name not in old or _bare(old[name]) != _bare(replica)),
+        rows=tuple(_bare(replica) for name, replica in new.items() if name not in old or _facts(old[name]) != _facts(replica)),
         columns=_columns(snapshot.replicas, old),
     )
     return zlib.compress(msgspec.msgpack.encode(delta), COMPRESSION)
@@ -99,39 +116,57 @@ def _bare(replica: ReplicaState) -> ReplicaState:
 
 
 def _slide(workload: Workload, before: ClusterSnapshot) -> _Slide:
-    """The longest run of buckets that was there before, and what follows."""
+    """Kept is the longest run of counts that was there before."""
     last = before.workload_by_model.get(workload.model)
-    old = last.buckets if last is not None else ()
-    most = min(len(old), len(workload.buckets))
-    kept = next((count for count in range(most, 0, -1) if old[-count:] == workload.buckets[:count]), 0)
-    return _Slide(workload=_set(workload, buckets=()), kept=kept, added=workload.buckets[kept:])
+    old, now = _demand(last), _demand(workload)
+    counts, had = now["requests"].tolist(), old["requests"].tolist()
+    kept = next((count for count in range(min(len(had), len(counts)), 0, -1) if had[-count:] == counts[:count]), 0)
+    was = {field: values[len(values) - kept :] for field, values in old.items()}
+    factors = {field: float(now[field][:kept].sum() / values.sum()) for field, values in was.items() if values.sum() > 0.0}
+    predicted = _predicted(old, kept, len(counts), factors)
+    columns = {field: _decimals(now[field], predicted[field], digits) for field, digits in BUCKET_DECIMALS.items()}
+    bare = _set(workload, buckets=())
+    return _Slide(workload=bare, count=len(counts), kept=kept, factors=factors, columns=columns)
 
 
 def _slid(slide: _Slide, before: ClusterSnapshot) -> Workload:
-    old = before.workload_by_model[slide.workload.model].buckets if slide.kept else ()
-    return _set(slide.workload, buckets=old[len(old) - slide.kept :] + slide.added)
+    old = _demand(before.workload_by_model.get(slide.workload.model))
+    predicted = _predicted(old, slide.kept, slide.count, slide.factors)
+    columns = [_undecimals(slide.columns[field], predicted[field], digits).tolist() for field, digits in BUCKET_DECIMALS.items()]
+    buckets = (Demand(**dict(zip(BUCKET_DECIMALS, row, strict=True))) for row in zip(*columns, strict=True))
+    return _set(slide.workload, buckets=tuple(buckets))
+
+
+def _predicted(old: Mapping[str, np.ndarray], kept: int, count: int, factors: Mapping[str, float]) -> dict[str, np.ndarray]:
+    return {
+        field: np.concatenate((values[len(values) - kept :] * factors.get(field, 1.0), np.zeros(count - kept)))
+        for field, values in old.items()
+    }
+
+
+def _demand(workload: Workload | None) -> dict[str, np.ndarray]:
+    """Each field of the buckets as one array."""
+    buckets = workload.buckets if workload is not None else ()
+    return {field: np.array([getattr(bucket, field) for bucket in buckets], np.float64) for field in BUCKET_DECIMALS}
 
 
 def _columns(replicas: Sequence[ReplicaState], old: Mapping[str, ReplicaState]) -> dict[str, bytes]:
     """One array for each field of the loads, less what it was; who has no load counts as all zeros, and is told by `heard`."""
-    before = [old.get(replica.replica_id) for replica in replicas]
+    now, before = _table(replicas), _table([old.get(replica.replica_id) for replica in replicas])
     columns = {"heard": np.packbits(np.array([replica.load is not None for replica in replicas], bool)).tobytes()}
-    for field in _COUNTS:
-        columns[field] = _difference(_counts(replicas, field), _counts(before, field))
-    columns["phase"] = _difference(_phases(replicas), _phases(before))
-    for field, digits in DECIMALS.items():
-        columns[field] = _decimals(_figures(replicas, field), _figures(before, field), digits)
+    columns |= {field: _difference(now[field] - before[field]) for field in (*_COUNTS, "phase")}
+    columns |= {field: _decimals(now[field], before[field], digits) for field, digits in DECIMALS.items()}
     return columns
 
 
 def _with_loads(
     bare: Sequence[ReplicaState], columns: Mapping[str, bytes], old: Mapping[str, ReplicaState]
 ) -> tuple[ReplicaState, ...]:
-    before = [old.get(replica.replica_id) for replica in bare]
+    before = _table([old.get(replica.replica_id) for replica in bare])
     heard = np.unpackbits(np.frombuffer(columns["heard"], np.uint8), count=len(bare))
-    counts = {field: _sum(columns[field], _counts(before, field)) for field in _COUNTS}
-    phases = _sum(columns["phase"], _phases(before))
-    figures = {field: _undecimals(columns[field], _figures(before, field), digits) for field, digits in DECIMALS.items()}
+    counts = {field: before[field] + _undifferenced(columns[field], len(bare)) for field in _COUNTS}
+    phases = before["phase"] + _undifferenced(columns["phase"], len(bare))
+    figures = {field: _undecimals(columns[field], before[field], digits) for field, digits in DECIMALS.items()}
 
     def whole(index: int, replica: ReplicaState) -> ReplicaState:
         if not heard[index]:
@@ -147,43 +182,41 @@ def _with_loads(
     return tuple(whole(index, replica) for index, replica in enumerate(bare))
 
 
-def _counts(replicas: Sequence[ReplicaState | None], field: str) -> np.ndarray:
-    return np.array([getattr(replica.load, field) if replica and replica.load else 0 for replica in replicas], np.int64)
+def _table(replicas: Sequence[ReplicaState | None]) -> dict[str, np.ndarray]:
+    """Each field of the loads as one array, int64 or float64."""
+    rows = [_NO_LOAD if replica is None or replica.load is None else _fields(replica.load) for replica in replicas]
+    columns = dict(zip(_FIELDS, zip(*rows, strict=True) if rows else [()] * len(_FIELDS), strict=True))
+    columns["phase"] = [_PHASE_NUMBERS[phase] for phase in columns["phase"]]
+    columns["load_age_s"] = [0.0 if replica is None else replica.load_age_s for replica in replicas]
+    return {field: np.array(values, np.float64 if field in DECIMALS else np.int64) for field, values in columns.items()}
 
 
-def _phases(replicas: Sequence[ReplicaState | None]) -> np.ndarray:
-    return np.array([PHASES.index(replica.load.phase) if replica and replica.load else 0 for replica in replicas], np.int64)
-
-
-def _figures(replicas: Sequence[ReplicaState | None], field: str) -> np.ndarray:
-    if field == "load_age_s":
-        return np.array([replica.load_age_s if replica else 0.0 for replica in replicas], np.float64)
-    return np.array([getattr(replica.load, field) if replica and replica.load else 0.0 for replica in replicas], np.float64)
-
-
-def _difference(now: np.ndarray, before: np.ndarray) -> bytes:
-    """Bytes of equal weight together: the high ones are nearly all alike."""
-    difference = now - before
+def _difference(difference: np.ndarray) -> bytes:
+    """Small numbers of either sign as small ones, in as many bytes as the largest takes: first how many, then those of equal weight
+    together, since the high ones are nearly all alike."""
     zigzag = ((difference << 1) ^ (difference >> 63)).astype("<u8")
-    return zigzag.view(np.uint8).reshape(-1, 8).T.tobytes()
+    width = (int(zigzag.max(initial=0)).bit_length() + 7) // 8
+    return bytes((width,)) + zigzag.view(np.uint8).reshape(-1, 8)[:, :width].T.tobytes()
 
 
-def _sum(column: bytes, before: np.ndarray) -> np.ndarray:
-    zigzag = np.frombuffer(column, np.uint8).reshape(8, -1).T.copy().view("<u8").reshape(-1).astype(np.int64)
-    return ((zigzag >> 1) ^ -(zigzag & 1)) + before
+def _undifferenced(column: bytes, count: int) -> np.ndarray:
+    planes = np.zeros((count, 8), np.uint8)
+    planes[:, : column[0]] = np.frombuffer(column, np.uint8, offset=1).reshape(column[0], count).T
+    zigzag = planes.view("<u8").reshape(-1)
+    return (zigzag >> np.uint64(1)).astype(np.int64) ^ -(zigzag & np.uint64(1)).astype(np.int64)
 
 
 def _decimals(now: np.ndarray, before: np.ndarray, digits: int) -> bytes:
     """Whole numbers of the last digit where that says it exactly, after a 1; else, after a 0, floats."""
     scale = 10.0**digits
     whole = np.rint(now * scale)
-    if np.array_equal(whole / scale, now):
-        return b"\1" + _difference(whole.astype(np.int64), np.rint(before * scale).astype(np.int64))
+    if np.array_equal(whole / scale, now) and np.abs(whole).max(initial=0.0) < WHOLE:
+        return b"\1" + _difference(whole.astype(np.int64) - np.rint(before * scale).astype(np.int64))
     return b"\0" + now.tobytes()
 
 
 def _undecimals(column: bytes, before: np.ndarray, digits: int) -> np.ndarray:
     scale = 10.0**digits
     if column[:1] == b"\1":
-        return _sum(column[1:], np.rint(before * scale).astype(np.int64)) / scale
+        return (np.rint(before * scale).astype(np.int64) + _undifferenced(column[1:], len(before))) / scale
     return np.frombuffer(column[1:], np.float64)

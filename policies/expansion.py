@@ -94,7 +94,9 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def _drains(
         self, snapshot: ClusterSnapshot, action: ScaleRole, present: Iterable[ReplicaState], count: int
     ) -> list[DrainReplica]:
-        leaving = sorted(present, key=lambda replica: removal_order(snapshot, replica))[: max(0, count)]
+        if count <= 0:
+            return []
+        leaving = sorted(present, key=lambda replica: removal_order(snapshot, replica))[:count]
         deadline_s = snapshot.now_s + self.drain_s
         return [
             DrainReplica(replica_id=one.replica_id, deadline_s=deadline_s, reason=action.reason, bundle=action.bundle)

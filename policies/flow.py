@@ -2,7 +2,7 @@
 
 Arrivals are counts, so a window of `n` of them has a standard deviation of sqrt(D n), D being their index of dispersion (1 for
 Poisson; Cox and Lewis, "The Statistical Analysis of Series of Events", 1966). A rise is believed as far as the lower bound of some
-window shows it: a big one after seconds, a small one after a minute. A fall is believed as far as every upper bound does.
+window shows it: a big one after seconds, a small one after minutes. A fall is believed as far as every upper bound does.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Flow(msgspec.Struct, frozen=True, kw_only=True):
         return self.at(self.rate_rps * factor)
 
 
+LATENCY_SPAN_S = 60.0  # Of measured quantiles: enough requests for a P99 at 2 requests/s, recent enough to follow a change.
 LOWER_TENTHS = 0.561  # Of a squared normal variable's mean lies below its 90th percentile: P(chi2_3 < 2.706).
 
 EMPTY = Flow(rate_rps=0.0, prompt_tokens=0.0, prompt_tokens_sd=0.0, context_tokens=0.0, output_tokens=0.0)
@@ -45,20 +46,22 @@ EMPTY = Flow(rate_rps=0.0, prompt_tokens=0.0, prompt_tokens_sd=0.0, context_toke
 class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long is looked back, and how sure one must be."""
 
-    rise_s: tuple[float, ...] = (5.0, 15.0, 60.0)
-    """Windows in which a rise may show. The last one's mean is believed as it is."""
+    rise_s: tuple[float, ...] = (5.0, 15.0, 60.0, 180.0)
+    """Windows in which a rise may show. The last one's mean may be believed as it is."""
     fall_s: float = 180.0
-    """A fall is believed when no minute within it was busier. Longer than most lulls of a minute-scale burst (Azure 2023)."""
-    sigmas: float = 2.0
-    """Standard deviations of a count, one-sided 97.7 %."""
+    """A fall is believed when no part of it was busier. Longer than most lulls of a minute-scale burst (Azure 2023)."""
+    fall_part_s: float = 60.0
+    """Length of such a part: of a shorter one the count says little."""
+    sigmas: float = 3.0
+    """Standard deviations of a count, one-sided 99.9 %: looked at each second, two would be passed by chance some times an hour."""
 
     def __post_init__(self) -> None:
         if not self.rise_s or list(self.rise_s) != sorted(set(self.rise_s)):
             raise ValueError(f"rise_s {list(self.rise_s)} is not one window or more, shortest first")
-        positive(rise_s=self.rise_s[0], fall_s=self.fall_s)
+        positive(rise_s=self.rise_s[0], fall_s=self.fall_s, fall_part_s=self.fall_part_s)
         at_least(0.0, sigmas=self.sigmas)
-        if self.rise_s[-1] > self.fall_s:
-            raise ValueError(f"fall_s {self.fall_s} is below {self.rise_s[-1]}, the longest of rise_s")
+        if self.fall_part_s > self.fall_s:
+            raise ValueError(f"fall_s {self.fall_s} is below {self.fall_part_s}, fall_part_s")
 
 
 def mix(buckets: Sequence[Demand], rate_rps: float, dispersion: float) -> Flow:
@@ -79,33 +82,47 @@ def mix(buckets: Sequence[Demand], rate_rps: float, dispersion: float) -> Flow:
     )
 
 
-def risen(workload: Workload, window: Window, ahead_s: float = 0.0) -> Flow:
-    """The flow to have capacity for now: never below what a lower bound shows, with its trend carried `ahead_s` seconds on."""
+def risen(workload: Workload, window: Window, ahead_s: float = 0.0, *, surely: bool = False) -> Flow:
+    """The flow to have capacity for now: never below what a lower bound shows, with its trend carried `ahead_s` seconds on.
+
+    surely: of the longest window as well the lower bound is taken, not the mean; so it is until that window is full.
+    """
+    surely = surely or len(workload.buckets) * workload.bucket_s < window.rise_s[-1]
     dispersion = index_of_dispersion(workload.buckets)
     longest = _last(workload, window.rise_s[-1])
-    rate_rps = mean_rps = _requests(longest) / (len(longest) * workload.bucket_s) if longest else 0.0
-    for span_s in window.rise_s[:-1]:
+    rate_rps = 0.0
+    for span_s in window.rise_s:
         last = _last(workload, span_s)
         count = _requests(last)
+        sigmas = window.sigmas if surely or span_s < window.rise_s[-1] else 0.0
         if last:
-            rate_rps = max(rate_rps, (count - window.sigmas * math.sqrt(dispersion * count)) / (len(last) * workload.bucket_s))
-    growth = _growth(longest, workload.bucket_s, dispersion, window.sigmas)
-    centre_s = len(longest) * workload.bucket_s / 2
-    return mix(longest, max(rate_rps, mean_rps + growth * (centre_s + ahead_s)), dispersion)
+            rate_rps = max(rate_rps, (count - sigmas * math.sqrt(dispersion * count)) / (len(last) * workload.bucket_s))
+    return mix(longest, max(rate_rps, _trend(longest, workload.bucket_s, dispersion, window.sigmas, ahead_s)), dispersion)
 
 
 def fallen(workload: Workload, window: Window) -> Flow:
-    """The flow below which demand has surely stayed: the busiest minute's upper bound within `fall_s`.
+    """The flow below which demand has surely stayed: the upper bound of the busiest `fall_part_s` within `fall_s`.
 
     Of a past that is shorter than that (see `reaches_back`) it says nothing about the rest.
     """
     dispersion = index_of_dispersion(workload.buckets)
     last = _last(workload, window.fall_s)
-    length = max(1, round(window.rise_s[-1] / workload.bucket_s))
+    length = max(1, round(window.fall_part_s / workload.bucket_s))
     sums = list(itertools.accumulate((bucket.requests for bucket in last), initial=0.0))
     count = max((late - early for early, late in zip(sums, sums[length:], strict=False)), default=sums[-1])
     rate_rps = (count + window.sigmas * math.sqrt(dispersion * count)) / (length * workload.bucket_s)
     return mix(last, rate_rps, dispersion)
+
+
+def missed(workload: Workload, window: Window, kept_share: float) -> bool:
+    """Whether surely fewer than `kept_share` of the requests are inside their SLO, or that is not known.
+
+    How sure one is, the count of the span says over which it was measured.
+    """
+    if workload.attainment is None:
+        return True
+    count = max(1.0, _requests(_last(workload, LATENCY_SPAN_S)))
+    return workload.attainment < kept_share - window.sigmas * math.sqrt(kept_share * (1.0 - kept_share) / count)
 
 
 def reaches_back(workload: Workload, window: Window) -> bool:
@@ -126,6 +143,16 @@ def index_of_dispersion(buckets: Sequence[Demand]) -> float:
     squares = sorted((later - earlier) ** 2 for earlier, later in itertools.pairwise(counts))
     kept = squares[: len(squares) - len(squares) // 10]
     return max(1.0, sum(kept) / (2 * len(squares) * LOWER_TENTHS) / mean)
+
+
+def _trend(buckets: Sequence[Demand], bucket_s: float, dispersion: float, sigmas: float, ahead_s: float) -> float:
+    """Requests/s in `ahead_s` if they go on to grow; 0 unless they surely grew in both halves, as no step does."""
+    half = len(buckets) // 2
+    halves = buckets[len(buckets) - 2 * half : len(buckets) - half], buckets[len(buckets) - half :]
+    if min(_growth(part, bucket_s, dispersion, sigmas) for part in halves) <= 0.0:
+        return 0.0
+    span_s = len(buckets) * bucket_s
+    return _requests(buckets) / span_s + _growth(buckets, bucket_s, dispersion, sigmas) * (span_s / 2 + ahead_s)
 
 
 def _growth(buckets: Sequence[Demand], bucket_s: float, dispersion: float, sigmas: float) -> float:

@@ -16,8 +16,8 @@ import msgspec
 from cluster.actions import Action, Reason, ScaleRole
 from cluster.snapshot import ClusterSnapshot, Group, Workload
 from policies import levers
-from policies.flow import Flow, Window, fallen, reaches_back, risen
-from policies.ranges import at_least, positive
+from policies.flow import Flow, Window, fallen, missed, reaches_back, risen
+from policies.ranges import at_least, positive, share
 from policies.shares import fits_of, shares
 from policies.sizing import Bounds, smallest
 
@@ -69,6 +69,9 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Times the fallen flow's upper bound the smaller number must still carry: the model's own error is 5 to 12 % on H100."""
     settle_s: float = 30.0
     """After the target rose it does not fall for so long: what was started has not yet shown its effect."""
+    kept_share: float = 0.98
+    """Until surely fewer requests are measured to be inside their SLO, a rise must be sure: not even the longest window's mean is
+    believed as it is. One more missed of a hundred than what the fleet is sized for."""
     backlog_s: float = 10.0
     """Time in which requests that queue are to be worked off."""
     schedules: tuple[Schedule, ...] = ()
@@ -78,6 +81,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         at_least(1.0, down_margin=self.down_margin)
         at_least(0.0, settle_s=self.settle_s)
         positive(backlog_s=self.backlog_s)
+        share(kept_share=self.kept_share)
 
     def decide(self, snapshot: ClusterSnapshot, accepted: Sequence[Action]) -> Sequence[Action]:
         parts = {workload.model: self._shares(snapshot, workload) for workload in snapshot.workloads}
@@ -93,7 +97,8 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         down = fallen(workload, self.window).times(share * self.down_margin)
         carries_rise = fits_of(snapshot, group, up, workload.slo, self.bounds)
         carries_rest = fits_of(snapshot, group, down, workload.slo, self.bounds)
-        needed, enough = smallest(carries_rise), smallest(carries_rest)
+        needed = smallest(carries_rise)
+        enough = max(needed, smallest(carries_rest))
         numbers = {
             "rate_rps": up.rate_rps,
             "bound_rate_rps": down.rate_rps,
@@ -116,7 +121,8 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def rise(self, workload: Workload, startup_s: float) -> Flow:
         """The flow to be ready for by the time a replica started now is: trend, and what already queues."""
-        flow = risen(workload, self.window, ahead_s=startup_s)
+        surely = not missed(workload, self.window, self.kept_share)
+        flow = risen(workload, self.window, ahead_s=startup_s, surely=surely)
         return flow.at(flow.rate_rps + workload.queued / self.backlog_s)
 
     def limits(self, group: Group, now_s: float) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from policies.ranges import at_least, share
 
 MAX_REPLICAS = 10_000
 FLOOR_SHARE = 0.8
+NEGLIGIBLE = 1e-17  # Of a sum in double precision.
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,7 +35,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kv_share: float = 0.9
     """Of the KV capacity: preemption begins at 1, and block rounding takes some."""
     batch_sigmas: float = 2.33
-    """Upper quantile of the batch, 99 %."""
+    """Upper quantile of the batch, and of what prompts beside it stretch an answer by, 99 %."""
     length_sigmas: float = 1.64
     """The prompt whose own computation must fit into TTFT: the 95th percentile of a normal length."""
 
@@ -88,6 +89,10 @@ def decode_fits(group: Group, flow: Flow, slo: Slo, bounds: Bounds, replicas: in
     }
     if slo.tpot_s is not None:
         conditions["TPOT"] = step_s / (slo.tpot_s * (1.0 - prefill_share))
+    if slo.tpot_s is not None and prefilling and flow.output_tokens > 0.0:
+        answer_s = flow.output_tokens * (performance.step_s + batch * sequence_s)
+        spread_s = bounds.batch_sigmas * _stretch_sd_s(performance, flow, replicas, answer_s, prefill_share)
+        conditions["TPOT beside prompts"] = (answer_s / (1.0 - prefill_share) + spread_s) / (flow.output_tokens * slo.tpot_s)
     fit = _nearest(conditions)
     if not prefilling or not fit.holds:
         return fit
@@ -116,11 +121,20 @@ def measured(group: Group) -> PerformanceModel:
 
 
 def erlang_c(servers: int, offered: float) -> float:
-    """Probability of waiting in M/M/n, for an offered load below `servers` (Erlang, 1917), by the recursion of Erlang's B."""
-    blocked = 1.0
-    for server in range(1, servers + 1):
-        blocked = offered * blocked / (server + offered * blocked)
-    return servers * blocked / (servers - offered * (1.0 - blocked))
+    """Probability of waiting in M/M/n, for an offered load in [0, servers) (Erlang, 1917).
+
+    By the reciprocal of Erlang's B, the sum of n! / k! / offered^(n - k) from k = n down: its terms die out long before k = 0.
+    """
+    if offered <= 0.0:
+        return 0.0
+    term = ways = 1.0
+    for server in range(servers, 0, -1):
+        term *= server / offered
+        ways += term
+        if term < ways * NEGLIGIBLE:
+            break
+    busy = offered / servers
+    return 1.0 / (ways * (1.0 - busy) + busy)
 
 
 def _first_token_fits(group: Group, flow: Flow, slo: Slo, bounds: Bounds, replicas: int, decode_step_s: float) -> Fit:
@@ -151,6 +165,17 @@ def _first_token_fits(group: Group, flow: Flow, slo: Slo, bounds: Bounds, replic
             decay = 2.0 / (flow.dispersion + variation) * (replicas / mean_s - flow.rate_rps)
             conditions["TTFT"] = erlang_c(replicas, offered) * math.exp(-decay * slack_s) / bounds.missed_share
     return _nearest(conditions)
+
+
+def _stretch_sd_s(performance: PerformanceModel, flow: Flow, replicas: int, answer_s: float, prefill_share: float) -> float:
+    """Standard deviation of what prompts that come in between stretch an answer by, which takes `answer_s` alone.
+
+    A busy period that begins with the answer: its variance is rate x E[s^2] x answer / (1 - busy)^3, s being a prompt's service
+    (Conway, Maxwell and Miller, "Theory of Scheduling", 1967, 8-3), times the dispersion of the arrivals.
+    """
+    mean_s = _service_s(performance, flow.prompt_tokens, math.inf)
+    square = mean_s * mean_s + (performance.prefill_token_s * flow.prompt_tokens_sd) ** 2
+    return math.sqrt(flow.dispersion * flow.rate_rps / replicas * square * answer_s / (1.0 - prefill_share) ** 3)
 
 
 def _service_s(performance: PerformanceModel, tokens: float, chunk: float) -> float:

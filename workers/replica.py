@@ -217,6 +217,7 @@ class HostedReplica:
             kv_tokens=load.kv_tokens,
             kv_blocks_used=load.kv_blocks_used,
             step_s=load.step_s,
+            slowdown=load.slowdown,
             power_w=load.power_w,
             overrun_share=load.overrun_steps / load.steps if load.steps else 0.0,
         )

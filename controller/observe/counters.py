@@ -7,7 +7,9 @@ samples it is taken to have risen evenly.
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -39,15 +41,39 @@ def risen(series: Iterable[Series], edges_s: np.ndarray) -> np.ndarray:
     """By how much the counters rose between neighbouring edges, summed. float64 [edges - 1]."""
     total = np.zeros(len(edges_s) - 1)
     for one in series:
-        # From the last sample at or before the first edge to the first one at or after the last.
-        part = slice(max(0, bisect_right(one.times_s, edges_s[0]) - 1), bisect_left(one.times_s, edges_s[-1]) + 1)
-        times_s = one.times_s[part]
+        times_s, whole = _whole(one, edges_s[0], edges_s[-1])
         if len(times_s) > 1:
-            values = np.array(one.values[part])
-            steps = np.diff(values)
-            whole = np.concatenate(([0.0], np.cumsum(np.where(steps >= 0.0, steps, values[1:]))))
             total += np.diff(np.interp(edges_s, times_s, whole))
     return total
+
+
+def rise(series: Iterable[Series], start_s: float, end_s: float) -> float:
+    """By how much the counters rose in all between two times."""
+    total = 0.0
+    for one in series:
+        times_s, whole = _whole(one, start_s, end_s)
+        if len(times_s) > 1:
+            total += _at(end_s, times_s, whole) - _at(start_s, times_s, whole)
+    return total
+
+
+def _whole(one: Series, start_s: float, end_s: float) -> tuple[Sequence[float], Sequence[float]]:
+    """The samples that tell of a span, as if the counter had never begun anew."""
+    first, end = max(0, bisect_right(one.times_s, start_s) - 1), bisect_left(one.times_s, end_s) + 1
+    values = one.values[first:end]
+    if any(map(operator.gt, values, values[1:])):
+        steps = (later - earlier if later >= earlier else later for earlier, later in itertools.pairwise(values))
+        values = tuple(itertools.accumulate(steps, initial=0.0))
+    return one.times_s[first:end], values
+
+
+def _at(time_s: float, times_s: Sequence[float], whole: Sequence[float]) -> float:
+    """Between two samples evenly; before the first and after the last as there."""
+    after = bisect_right(times_s, time_s)
+    if after == 0 or after == len(times_s):
+        return whole[min(after, len(whole) - 1)]
+    share = (time_s - times_s[after - 1]) / (times_s[after] - times_s[after - 1])
+    return whole[after - 1] + share * (whole[after] - whole[after - 1])
 
 
 def demand(
@@ -84,9 +110,8 @@ def latency(buckets: Mapping[float, Sequence[Series]], start_s: float, end_s: fl
     evenly, as PromQL's `histogram_quantile` does; beyond the last finite bound they are taken for that bound.
     """
     bounds = sorted(buckets)
-    edges_s = np.array([start_s, end_s])
-    counts = np.maximum.accumulate([risen(buckets[bound], edges_s)[0] for bound in bounds]) if bounds else np.zeros(1)
-    if counts[-1] <= 0.0:
+    counts = list(itertools.accumulate((rise(buckets[bound], start_s, end_s) for bound in bounds), max))
+    if not counts or counts[-1] <= 0.0:
         return None
     p50_s, p90_s, p99_s = (_quantile(share, bounds, counts) for share in (0.5, 0.9, 0.99))
     return Latency(p50_s=p50_s, p90_s=p90_s, p99_s=p99_s)
@@ -95,8 +120,7 @@ def latency(buckets: Mapping[float, Sequence[Series]], start_s: float, end_s: fl
 def share_within(buckets: Mapping[float, Sequence[Series]], bound_s: float, start_s: float, end_s: float) -> float | None:
     """Share of what a histogram counted that was at most a bound, evenly within its bucket; None where it counted nothing."""
     bounds = sorted(buckets)
-    edges_s = np.array([start_s, end_s])
-    counts = [float(risen(buckets[bound], edges_s)[0]) for bound in bounds]
+    counts = [rise(buckets[bound], start_s, end_s) for bound in bounds]
     if not counts or counts[-1] <= 0.0:
         return None
     finite = [(bound, count) for bound, count in zip(bounds, counts, strict=True) if math.isfinite(bound)]
@@ -104,11 +128,11 @@ def share_within(buckets: Mapping[float, Sequence[Series]], bound_s: float, star
     return round(float(known) / counts[-1], 4)
 
 
-def _quantile(share: float, bounds: Sequence[float], counts: np.ndarray) -> float:
+def _quantile(share: float, bounds: Sequence[float], counts: Sequence[float]) -> float:
     rank = share * counts[-1]
-    index = int(np.searchsorted(counts, rank))
+    index = bisect_left(counts, rank)
     if math.isinf(bounds[index]):
         return bounds[index - 1] if index else math.inf
     low_bound, low_count = (bounds[index - 1], counts[index - 1]) if index else (0.0, 0.0)
     inside = counts[index] - low_count
-    return round(float(low_bound + (bounds[index] - low_bound) * (rank - low_count) / inside), 6)
+    return round(low_bound + (bounds[index] - low_bound) * (rank - low_count) / inside, 6)

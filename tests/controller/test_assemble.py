@@ -2,10 +2,12 @@
 
 import math
 
+import msgspec
 import pytest
 
 from cluster.fleet import Fleet, ModelSpec, NodeSpec, ReplicaGroup
 from cluster.node import Market
+from cluster.performance import PerformanceModel
 from cluster.replica import Load, Phase, Replica, Role
 from cluster.slo import Slo
 from controller.memory import GroupMemory, Memory
@@ -141,13 +143,19 @@ def test_nonsense_of_a_worker_says_nothing():
 
 
 def test_slow_steps_are_believed_bit_by_bit():
-    predicted_s = H100_8B.decode_step_s(4, 4000)
-    slow = [load("d0", step_s=2 * predicted_s)]
+    slow = [load("d0", slowdown=2.0)]
     decode = build([member("d0")], slow).groups[0]
     assert decode.slowdown == pytest.approx(1.1, abs=0.001)
     memory = Memory(groups={"m/decode/p": GroupMemory(wanted=2, slowdown=decode.slowdown)})
     assert build([member("d0")], slow, memory=memory).groups[0].slowdown == pytest.approx(1.19, abs=0.001)
-    assert build([member("d0")], [load("d0", step_s=2 * predicted_s, waiting=3)]).groups[0].slowdown == 1.0
+    assert build([member("d0")], [load("d0", slowdown=math.nan)]).groups[0].slowdown == 1.0
+
+
+def test_replica_that_has_not_measured_itself_is_not_believed_to_be_infinitely_fast():
+    unmeasured = msgspec.structs.replace(member("d0"), performance=PerformanceModel(step_s=0.0, prefill_token_s=0.0))
+    (decode, _) = build([unmeasured], [load("d0", slowdown=2.0)]).groups
+    assert (decode.performance, decode.slowdown) == (None, 1.0)
+    assert build([unmeasured, member("d1")]).groups[0].performance == H100_8B
 
 
 def test_nodes_are_the_configs_and_the_dead_are_told():

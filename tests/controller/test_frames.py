@@ -24,6 +24,7 @@ loads = st.none() | st.builds(
     kv_tokens=st.integers(0, 10**8),
     kv_blocks_used=st.integers(0, 10**6),
     step_s=st.floats(0, 1).map(lambda value: round(value, 5)) | FINE,
+    slowdown=st.floats(0.25, 4.0).map(lambda value: round(value, 2)) | FINE,
     power_w=st.integers(0, 1000).map(float) | FINE,
     overrun_share=st.floats(0, 1),
 )
@@ -72,6 +73,7 @@ def test_a_thousand_busy_replicas_make_small_frames():
                 waiting_tokens=rng.choice((0, 0, 0, rng.randint(1, 2000))),
                 kv_tokens=max(0, (was.kv_tokens if was else 60_000) + rng.randint(-2000, 2000)),
                 kv_blocks_used=max(0, (was.kv_blocks_used if was else 4000) + rng.randint(-120, 120)),
+                slowdown=round(1.0 + rng.gauss(0, 0.01), 2),
                 step_s=round(0.012 + rng.gauss(0, 0.0002), 5),
                 power_w=round(450 + rng.gauss(0, 8), 0),
                 overrun_share=0.0,

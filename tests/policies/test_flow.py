@@ -24,8 +24,13 @@ def test_big_step_is_believed_after_one_bucket_and_a_small_one_is_not():
     assert risen(workload([2.0] * 59 + [2.6]), WINDOW).rate_rps < 2.1
 
 
-def test_small_step_is_believed_after_a_minute():
-    assert risen(workload([2.0] * 48 + [2.6] * 12), WINDOW).rate_rps == pytest.approx(2.6)
+def test_small_step_is_believed_after_three_minutes():
+    assert risen(workload([2.0] * 24 + [2.6] * 36), WINDOW).rate_rps == pytest.approx(2.6)
+
+
+def test_step_is_not_carried_on_as_if_it_were_a_trend():
+    for since in range(1, 60):
+        assert risen(workload([3.0] * (60 - since) + [12.0] * since), WINDOW, ahead_s=60.0).rate_rps <= 12.0 + 1e-9
 
 
 def test_sure_trend_is_carried_on_and_noise_is_not():

@@ -31,7 +31,7 @@ def test_a_number_is_neither_negative_nor_nan_nor_infinite(kind: type, name: str
         (Window, {"rise_s": ()}, "rise_s [] is not one window or more"),
         (Window, {"rise_s": (60.0, 5.0)}, "rise_s [60.0, 5.0] is not one window or more, shortest first"),
         (Window, {"rise_s": (0.0, 5.0)}, "rise_s 0.0 is outside (0, inf)"),
-        (Window, {"fall_s": 30.0}, "fall_s 30.0 is below 60.0, the longest of rise_s"),
+        (Window, {"fall_s": 30.0}, "fall_s 30.0 is below 60.0, fall_part_s"),
         (Bounds, {"utilisation": 1.1}, "utilisation 1.1 is outside (0, 1]"),
         (Bounds, {"missed_share": 0.0}, "missed_share 0.0 is outside (0, 1]"),
         (Scaling, {"down_margin": 0.9}, "down_margin 0.9 is outside [1.0, inf)"),

@@ -35,6 +35,13 @@ def test_what_queues_counts_as_demand():
     assert target(group(wanted=2), steady(8.0, queued=400)) > target(group(wanted=2), steady(8.0))
 
 
+def test_small_rise_must_be_sure_while_the_slo_is_kept():
+    short = next(level for level in (n / 4 for n in range(400)) if target(group(wanted=1), steady(level)) == 2)
+    assert target(group(wanted=1), steady(short, attainment=0.999)) == 1
+    assert target(group(wanted=1), steady(short, attainment=0.9)) == 2
+    assert target(group(wanted=1), steady(short * 1.3, attainment=0.999)) == 2
+
+
 def test_last_replica_but_one_is_kept_unless_the_rest_has_margin():
     fits = next(level for level in (n / 4 for n in range(400)) if target(group(wanted=1), steady(level)) == 2) - 0.25
     assert target(group(wanted=1), steady(fits)) == 1
@@ -140,14 +147,26 @@ def test_burst_is_answered_within_two_buckets_and_given_back_within_minutes():
     assert changes[-1][0] < 900.0 + 400.0
 
 
-@settings(max_examples=60)
-@given(st.floats(0.0, 80.0), st.floats(1.0, 4.0), st.integers(1, 20))
-def test_monotone_in_load(rate_rps, factor, wanted):
-    assert target(group(wanted=wanted), steady(rate_rps * factor)) >= target(group(wanted=wanted), steady(rate_rps))
+attainments = st.sampled_from((None, 0.9, 0.98, 1.0))
 
 
 @settings(max_examples=60)
-@given(st.floats(0.0, 80.0), st.integers(1, 20))
-def test_idempotent_and_never_back_and_forth(rate_rps, wanted):
-    first = target(group(wanted=wanted), steady(rate_rps))
-    assert target(group(wanted=first), steady(rate_rps)) == first
+@given(st.floats(0.0, 80.0), st.floats(1.0, 4.0), st.integers(1, 20), attainments)
+def test_monotone_in_load(rate_rps, factor, wanted, attainment):
+    less, more = (steady(rate, attainment=attainment) for rate in (rate_rps, rate_rps * factor))
+    assert target(group(wanted=wanted), more) >= target(group(wanted=wanted), less)
+
+
+@settings(max_examples=60)
+@given(st.floats(0.0, 80.0), st.integers(1, 20), attainments)
+def test_idempotent_and_never_back_and_forth(rate_rps, wanted, attainment):
+    first = target(group(wanted=wanted), steady(rate_rps, attainment=attainment))
+    assert target(group(wanted=first), steady(rate_rps, attainment=attainment)) == first
+
+
+@settings(max_examples=60)
+@given(st.floats(0.0, 80.0), st.integers(1, 20), attainments, attainments)
+def test_measured_attainment_never_turns_a_fall_into_a_rise(rate_rps, wanted, before, later):
+    fallen = target(group(wanted=wanted), steady(rate_rps, attainment=before))
+    if fallen < wanted:
+        assert target(group(wanted=fallen), steady(rate_rps, attainment=later)) <= fallen

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +35,15 @@ def test_erlang_c_is_the_tabled_probability():
     assert erlang_c(1, 0.5) == pytest.approx(0.5)
     assert erlang_c(2, 1.0) == pytest.approx(1 / 3)
     assert erlang_c(10, 8.0) == pytest.approx(0.4092, abs=1e-4)
+
+
+@given(st.integers(1, 400), st.floats(0.0, 0.999))
+def test_erlang_c_is_what_the_recursion_by_servers_gives(servers, busy):
+    offered, blocked = busy * servers, 1.0
+    for server in range(1, servers + 1):
+        blocked = offered * blocked / (server + offered * blocked)
+    by_recursion = servers * blocked / (servers - offered * (1.0 - blocked))
+    assert erlang_c(servers, offered) == pytest.approx(by_recursion, rel=1e-9, abs=1e-290)
 
 
 def test_nothing_needs_nobody():
@@ -95,3 +105,16 @@ def test_smallest_is_the_smallest(one, slo):
     fits = partial(prefill_fits, PREFILL, one, slo, BOUNDS)
     count = smallest(fits)
     assert count == 0 or not fits(count - 1).holds
+
+
+def test_prompts_that_come_in_between_are_kept_from_stretching_answers():
+    beside = Slo(tpot_s=0.03)
+    assert decodes(flow(300.0), beside, prefilling=True) > decodes(flow(300.0), beside)
+    uneven = msgspec.structs.replace(flow(300.0), dispersion=9.0)
+    assert decodes(uneven, beside, prefilling=True) > decodes(flow(300.0), beside, prefilling=True)
+
+
+def test_flow_whose_answers_are_not_known_yet_is_sized_by_its_prompts():
+    unknown = flow(30.0, output=0.0)
+    assert decodes(unknown, prefilling=True) >= 1
+    assert decodes(unknown) <= 1

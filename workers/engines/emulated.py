@@ -173,6 +173,7 @@ class EmulatedEngine:
                 kv_blocks_used=self._pool.used,
                 kv_blocks_cached=self._pool.cached,
                 step_s=self._step_s,
+                slowdown=self._slowness,
                 power_w=self.performance.idle_w if self._step is None else self._step.power_w,
                 steps=self._steps,
                 overrun_steps=self._overruns,

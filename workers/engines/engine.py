@@ -76,6 +76,8 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks_used: int
     kv_blocks_cached: int
     step_s: float
+    slowdown: float
+    """Measured over predicted time of the latest steps; 1 where nothing is predicted."""
     power_w: float
     steps: int
     overrun_steps: int

@@ -101,6 +101,7 @@ class TorchEngine:
 
         self._slowness = 1.0
         self._durations_s: deque[float] = deque(maxlen=STEP_WINDOW)
+        self._predicted_s: deque[float] = deque(maxlen=STEP_WINDOW)
         self._power_w = self.performance.idle_w
         self._steps = self._prompt_tokens = self._output_tokens = 0
 
@@ -218,6 +219,7 @@ class TorchEngine:
                 kv_blocks_used=self._pool.used,
                 kv_blocks_cached=self._pool.cached,
                 step_s=sum(self._durations_s) / len(self._durations_s) if self._durations_s else 0.0,
+                slowdown=sum(self._durations_s) / predicted_s if (predicted_s := sum(self._predicted_s)) else 1.0,
                 power_w=self._power_w if busy else self.performance.idle_w,
                 steps=self._steps,
                 overrun_steps=self._pacer.overruns if self._pacer else 0,
@@ -274,6 +276,7 @@ class TorchEngine:
             self._steps += 1
             self._prompt_tokens += sum(work.count for work in works if not work.sequence.decoding)
             self._durations_s.append(now_s - began_s)
+            self._predicted_s.append(self.performance.step_time_s(*shape))
             self._power_w = self.performance.power_w(*shape)
             self._settle(works, drawn, now_s)
 
