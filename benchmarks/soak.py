@@ -1,9 +1,9 @@
 """A day's load on hundreds of live replicas: `python -m benchmarks.soak [--minutes 15] [--replicas 300] [--json]`.
 
-`mobula up` starts the fleet on this machine, emulated replicas with fifty to a worker process, each as slow as a tenth of an L4 with
-an 8B model, so that all of them are needed for what two cores can carry. Requests arrive by chance (Poisson) at a rate that swings
-around what the replicas of the start carry, `DAYS` days in the run; the controller decides with its defaults between two thirds
-and four thirds of that count.
+`mobula up` starts the fleet on this machine, emulated replicas with fifty to a worker process, each a tenth as fast as an L4 with
+an 8B model, so that all of them are needed for what two cores can carry. Requests arrive by chance (Poisson) at a rate that
+swings around what the replicas of the start carry, `DAYS` days in the run; the controller decides with its defaults between two
+thirds and four thirds of that count.
 
 Every `SAMPLE_S` CPU and memory of controller, gateway and workers are read, and the controller's own metrics. Memory counts from
 `WARM_UP_S` on (in a short run, from its half on), when every window is full: its growth is the slope of a least-squares line.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 import re
@@ -63,7 +64,7 @@ def fleet(replicas: int) -> Fleet:
         engine="emulated",
         pace=PACE,
         per_worker=PER_WORKER,
-        kv_blocks=512,
+        kv_blocks=128,  # Prefix caches are full by the end of the warm-up.
         max_running=4,
     )
     nodes = tuple(NodeSpec(name=f"node-{number}", slots=math.ceil(most / NODES)) for number in range(NODES))
@@ -168,7 +169,7 @@ def figures(sent: Load, readings: Sequence[Reading]) -> dict[str, float]:
     minutes = (last.at_s - first.at_s) / 60.0
     report = summarise(sent, SLO, workload="", target="")
     passes = last.passes - first.passes
-    pairs = list(zip(readings, readings[1:], strict=False))
+    pairs = list(itertools.pairwise(readings))
     found = {
         "minutes": minutes,
         "replicas_mean": fmean(one.ready for one in readings),
