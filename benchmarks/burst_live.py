@@ -20,6 +20,7 @@ import asyncio
 import itertools
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Takes the fleet down on the way out.
     found: dict[str, dict[str, float | None]] = {}
     for name in asked.arms:
         print(f"{name}: starting", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import re
+import signal
 import sys
 import time
 import urllib.request
@@ -31,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.live_fleet import LiveFleet, live_fleet
+from cluster.errors import Unreachable
 from cluster.fleet import Fleet, NodeSpec, Pace, ReplicaGroup
 from cluster.replica import Role
 from cluster.slo import Slo
@@ -111,13 +113,17 @@ class Watch:
         self._controller = psutil.Process(status.controller_pid)
         self._gateways = [one for one in live.processes() if "gateway" in " ".join(one.cmdline())]
         self.readings: list[Reading] = []
+        self.unanswered = 0
 
-    def read(self) -> Reading:
-        """Blocks for some milliseconds. Raises psutil.NoSuchProcess where the controller or a gateway has died."""
-        status = self._live.status()
+    def read(self) -> Reading | None:
+        """None where the controller does not answer in time, which is counted. Raises psutil.NoSuchProcess where it has died."""
+        try:
+            status, totals = self._live.status(), self._totals()
+        except (Unreachable, TimeoutError):
+            self.unanswered += 1
+            return None
         pids = {row.pid for row in status.replicas if row.pid is not None}
         workers = [psutil.Process(pid) for pid in sorted(pids) if psutil.pid_exists(pid)]
-        totals = self._totals()
         reading = Reading(
             at_s=time.monotonic() - self._began_s,
             usage=dict(zip(KINDS, map(_usage, ([self._controller], self._gateways, workers)), strict=True)),
@@ -132,7 +138,7 @@ class Watch:
 
     def _totals(self) -> Counter[str]:
         """The controller's metrics, summed over labels."""
-        with urllib.request.urlopen(self._metrics_url) as answer:
+        with urllib.request.urlopen(self._metrics_url, timeout=SAMPLE_S) as answer:
             text = answer.read().decode()
         found: Counter[str] = Counter()
         for name, value in re.findall(r"^(\w+)(?:\{.*\})? (\S+)$", text, re.MULTILINE):
@@ -151,7 +157,10 @@ async def soak(live: LiveFleet, generator: Generator, watch: Watch) -> Load:
     sent = Load()
     replay = asyncio.create_task(client.run(generator.rows(seed=1), live.target, sent))
     while not replay.done():
+        await asyncio.wait([replay], timeout=SAMPLE_S)
         reading = await asyncio.to_thread(watch.read)
+        if reading is None:
+            continue
         failed = sum(not sample.timing.completed for sample in sent.samples)
         memory = ", ".join(f"{kind} {usage.mib:.1f}" for kind, usage in reading.usage.items())
         print(
@@ -160,7 +169,6 @@ async def soak(live: LiveFleet, generator: Generator, watch: Watch) -> Load:
             file=sys.stderr,
             flush=True,
         )
-        await asyncio.wait([replay], timeout=SAMPLE_S)
     return replay.result()
 
 
@@ -208,11 +216,12 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=300)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Takes the fleet down on the way out.
     with live_fleet(fleet(asked.replicas)) as live:
         watch = Watch(live)
-        sent = asyncio.run(soak(live, load(asked.replicas, 60.0 * asked.minutes), watch))
         watch.read()
-    found = figures(sent, watch.readings)
+        sent = asyncio.run(soak(live, load(asked.replicas, 60.0 * asked.minutes), watch))
+    found = figures(sent, watch.readings) | {"readings_missed": watch.unanswered}
     _print(found)
     if asked.json:
         print(json.dumps(found))
