@@ -47,6 +47,7 @@ STEADY_S, BURST_S = 30.0, 110.0
 BIN_S, MET_SHARE = 5.0, 0.99
 COUNT_S = 0.5
 SLO = Slo(ttft_s=2.0, tpot_s=0.15)
+PACE = Pace(shape="llama-3.1-8b", accelerator="l4")
 GROUP = ReplicaGroup(
     role=Role.MIXED,
     count=3,
@@ -54,7 +55,7 @@ GROUP = ReplicaGroup(
     max_replicas=12,
     startup_s=5.0,
     engine="emulated",
-    pace=Pace(shape="llama-3.1-8b", accelerator="l4"),
+    pace=PACE,
     kv_blocks=1024,
     max_running=5,  # As many as Serve lets into a replica.
 )
@@ -65,6 +66,9 @@ TRACE = Generator(
     prompt=Lengths(kind="lognormal", first=1000, second=0.3, low=64, high=3000),
     output=Lengths(kind="lognormal", first=24, second=0.3, low=8, high=64),
 )
+
+
+Figures = dict[str, float | None]
 
 
 class Count(NamedTuple):
@@ -128,7 +132,7 @@ async def run(name: str, arm: Arm) -> Run:
     return Run(replay.result().samples, counts)
 
 
-def figures(run: Run) -> dict[str, float | None]:
+def figures(run: Run) -> Figures:
     late = [sample for sample in run.samples if sample.row.arrival_s >= STEADY_S]
     met = [[meets(sample.timing, SLO) for sample in part] for part in binned(late)]
     early = [meets(sample.timing, SLO) for sample in run.samples if sample.row.arrival_s < STEADY_S]
@@ -165,31 +169,37 @@ def to_slo_s(met: Sequence[Sequence[bool]]) -> float | None:
     return None
 
 
+def measure(names: Sequence[str] = tuple(ARMS)) -> dict[str, Figures]:
+    """By arm, one after the other: about two and a half minutes each."""
+    found = {}
+    for name in names:
+        print(f"{name}: starting", file=sys.stderr, flush=True)
+        with ARMS[name]() as arm:
+            found[name] = figures(asyncio.run(run(name, arm)))
+    return found
+
+
+def as_json(found: dict[str, Figures]) -> str:
+    """One object, whose keys begin with the arm."""
+    setting = {"steady_rps": STEADY_RPS, "factor": FACTOR, "speedup": PACE.speedup}
+    flat = {f"{name}_{key}": value for name, one in found.items() for key, value in one.items()}
+    return json.dumps(setting | {key: value if value is None else round(value, 3) for key, value in flat.items()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Takes the fleet down on the way out.
-    found: dict[str, dict[str, float | None]] = {}
-    for name in asked.arms:
-        print(f"{name}: starting", file=sys.stderr, flush=True)
-        with ARMS[name]() as arm:
-            found[name] = figures(asyncio.run(run(name, arm)))
+    found = measure(asked.arms)
     _print(found)
     if asked.json:
-        rounded = {
-            f"{name}_{key}": value if value is None else round(value, 3)
-            for name, one in found.items()
-            for key, value in one.items()
-        }
-        print(json.dumps({"steady_rps": STEADY_RPS, "factor": FACTOR, "speedup": 1.0, **rounded}))
+        print(as_json(found))
 
 
-def _print(found: dict[str, dict[str, float | None]]) -> None:
-    table = Table(
-        "", *found, title=f"{STEADY_RPS:.0f} requests/s become {FACTOR * STEADY_RPS:.0f}, replicas as an L4 with an 8B model"
-    )
+def _print(found: dict[str, Figures]) -> None:
+    table = Table("", *found, title=f"{STEADY_RPS:.0f} requests/s become {FACTOR * STEADY_RPS:.0f}")
     for key in next(iter(found.values())):
         values = [one[key] for one in found.values()]
         table.add_row(key, *("never" if value is None else f"{value:,.2f}" for value in values))
