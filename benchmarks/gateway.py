@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        _save_tokenizer(Path(directory))
+        save_tokenizer(Path(directory))
         figures = _measure(directory)
     table = Table("figure", "measured", "bar", title=f"Gateway, {os.cpu_count()} cores, client included")
     for name, value in figures.items():
@@ -264,7 +264,7 @@ class _Connection:
         self._writer.close()
 
 
-def _save_tokenizer(directory: Path) -> None:
+def save_tokenizer(directory: Path) -> None:
     """A byte-level one, trained in a moment."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
