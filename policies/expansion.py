@@ -6,6 +6,7 @@ node with the most room, in the zone that has the fewest of the group; equal one
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -129,24 +130,35 @@ class _Room:
     """Places and numbers not yet given away in this pass."""
 
     def __init__(self, snapshot: ClusterSnapshot, avoided: frozenset[str]) -> None:
-        self._nodes = snapshot.node_by_name
-        self._free = {name: free for name, free in snapshot.free_slots.items() if name not in snapshot.cordoned | avoided}
+        nodes = snapshot.node_by_name
         self._next = snapshot.next_replica
+        self._free: dict[str, dict[str, list[tuple[int, str]]]] = {}
+        """By pool and zone: a heap of nodes, whoever has the most places left first."""
+        for name, free in sorted(snapshot.free_slots.items()):
+            if free > 0 and name not in snapshot.cordoned | avoided:
+                zones = self._free.setdefault(nodes[name].pool, {})
+                zones.setdefault(nodes[name].zone, []).append((-free, name))
+        for heap in (heap for zones in self._free.values() for heap in zones.values()):
+            heapq.heapify(heap)
         self._zones: dict[str, Counter[str]] = {}
         for replica in snapshot.replicas:
-            if replica.present and replica.node in self._nodes:
-                self._zones.setdefault(replica.group, Counter())[self._nodes[replica.node].zone] += 1
+            if replica.present and replica.node in nodes:
+                self._zones.setdefault(replica.group, Counter())[nodes[replica.node].zone] += 1
 
     def take(self, group: Group) -> str | None:
         """The best node for one more of the group, None if there is none."""
-        zones = self._zones.setdefault(group.name, Counter())
-        free = [name for name, room in self._free.items() if room > 0 and self._nodes[name].pool == group.pool]
-        if not free:
+        there = self._zones.setdefault(group.name, Counter())
+        heaps = self._free.get(group.pool, {})
+        if not heaps:
             return None
-        best = min(free, key=lambda name: (zones[self._nodes[name].zone], -self._free[name], name))
-        self._free[best] -= 1
-        zones[self._nodes[best].zone] += 1
-        return best
+        zone = min(heaps, key=lambda zone: (there[zone], heaps[zone][0]))
+        there[zone] += 1
+        taken, name = heapq.heappop(heaps[zone])
+        if taken < -1:
+            heapq.heappush(heaps[zone], (taken + 1, name))
+        if not heaps[zone]:
+            del heaps[zone]
+        return name
 
     def number(self) -> int:
         self._next += 1
