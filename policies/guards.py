@@ -30,7 +30,7 @@ class StaleTelemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """What is not known any more is not acted upon: the target in force stays."""
 
     stale_s: float = 15.0
-    """Age of a model's workload at which it is stale: three buckets of 5 s."""
+    """Age of a model's workload at which it is stale. A scrape or two may be missed; in more than this a burst may come and go."""
 
     def __post_init__(self) -> None:
         positive(stale_s=self.stale_s)

@@ -82,15 +82,16 @@ class RayHosts:
         return True
 
     async def inventory(self) -> Inventory:
+        known = set(self._handles)
         nodes = await asyncio.to_thread(ray.nodes)
         actors = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+        names = (actor["name"] for actor in actors if actor["namespace"] == self._namespace)
+        workers = frozenset(name for name in names if name.startswith(WORKER_PREFIX))
+        for name in known - workers:  # They have ended by themselves.
+            self._handles.pop(name, None)
         return Inventory(
             nodes=frozenset(node["Labels"][NODE_LABEL] for node in nodes if node["Alive"] and NODE_LABEL in node["Labels"]),
-            workers=frozenset(
-                actor["name"]
-                for actor in actors
-                if actor["namespace"] == self._namespace and actor["name"].startswith(WORKER_PREFIX)
-            ),
+            workers=workers,
         )
 
     def _made(self, worker_id: str, node: NodeSpec, plan: ReplicaPlan) -> Any:
