@@ -76,7 +76,7 @@ def _parts(now: FleetStatus) -> Iterator[RenderableType]:
         yield Text("last decisions (mobula explain says more)", style="dim")
     for change in now.changes[:SHOWN_CHANGES]:
         at = datetime.fromtimestamp(change.at_s).strftime("%H:%M:%S")
-        yield Text(f"{at}  {change.text}: {change.reason}")
+        yield Text(f"{at}  {'advised: ' if change.advised else ''}{change.text}: {change.reason}")
 
 
 def replica_table(now: FleetStatus) -> Table:

@@ -152,7 +152,7 @@ class ControlSpec(_Spec, frozen=True, kw_only=True):
     """The controller."""
 
     mode: Literal["act", "advise"] = "act"
-    """advise: decide and write down, and do nothing but keep the replicas that the config asks for."""
+    """advise: once the fleet is up, decide and write down, and do nothing."""
     pipeline: PipelineSpec = PipelineSpec()
     challengers: dict[str, PipelineSpec] = {}
     """Decide in shadow on the same snapshots, for `mobula compare`."""

@@ -68,7 +68,7 @@ class Controller:
         self.memory = memory
         self.course = course
         self.failures = self.unwritten = 0
-        self._observer, self._actuator, self._journal = observer, actuator, journal
+        self._observer, self._actuator, self.journal = observer, actuator, journal
         self._epoch, self._clock, self._passed, self._period_s = epoch, clock, passed, period_s
         self._words: list[tuple[Callable[[Memory], Memory], asyncio.Future[None]]] = []
         self._heeded: list[asyncio.Future[None]] = []
@@ -105,13 +105,14 @@ class Controller:
         entry = Entry(
             epoch=self._epoch, pipeline=course.text, mode=course.mode, snapshot=snapshot, decision=decision, shadows=shadows
         )
-        self._write(entry.number, lambda: self._journal.write(entry))
+        self._write(entry.number, lambda: self.journal.write(entry))
+        self.unwritten += self.journal.in_memory
         self._acknowledge()
         acts = course.mode == "act"
         settled = self._actuator.settle(snapshot, after(self.memory, snapshot, decision, applied=acts))
         self.memory = settled.memory
         self._outcomes = (*self._outcomes, *settled.outcomes)[-MAX_OUTCOMES:]
-        if self._outcomes and self._write(entry.number, lambda: self._journal.add(self._outcomes)):
+        if self._outcomes and self._write(entry.number, lambda: self.journal.add(self._outcomes)):
             self._outcomes = ()
         if acts:
             self._actuator.apply(snapshot.pass_number, decision.actions)

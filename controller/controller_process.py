@@ -32,30 +32,43 @@ Answer = TypeVar("Answer")
 
 log = logging.getLogger(__name__)
 
+RETRY_S = 5.0
+POLL_S = 0.05
+
 
 class ControllerProcess:
     """Calls are as those of `FleetController`."""
 
     def __init__(self, directory: str, secret: str, prometheus_url: str | None = None) -> None:
-        """As FleetController. Raises InvalidConfig."""
+        """As FleetController. Never raises: Ray does not begin again what failed to be made."""
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._loop = uvloop.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="controller", daemon=True).start()
         self._fault: MobulaError | None = None
-        self._controller = asyncio.run_coroutine_threadsafe(_made(Path(directory), secret, prometheus_url), self._loop).result()
-        self._running = asyncio.run_coroutine_threadsafe(self._run(), self._loop)
+        self._made: FleetController | None = None
+        self._running = asyncio.run_coroutine_threadsafe(self._run(Path(directory), secret, prometheus_url), self._loop)
 
-    async def _run(self) -> None:
-        """A controller that fails is begun anew, by Ray; one whose config cannot be says so to whoever asks."""
-        try:
-            await self._controller.run()
-        except MobulaError as error:
-            log.error("the controller does not run: %s", error)
-            self._fault = error
-        except Exception:
-            log.exception("the controller ends")
-            logging.shutdown()
-            os._exit(1)
+    async def _run(self, directory: Path, secret: str, prometheus_url: str | None) -> None:
+        """What keeps it from running is told to whoever asks, and tried again. One that fails later is begun anew, by Ray."""
+        while True:
+            try:
+                self._made = _make(directory, secret, prometheus_url)
+                self._fault = None
+                await self._made.run()
+            except MobulaError as error:
+                log.error("the controller does not run: %s; again in %.0f s", error, RETRY_S)
+                self._fault, self._made = error, None
+                await asyncio.sleep(RETRY_S)
+            except Exception:
+                log.exception("the controller ends")
+                logging.shutdown()
+                os._exit(1)
+
+    @property
+    def _controller(self) -> FleetController:
+        if self._made is None:
+            raise self._fault or Unreachable("the controller is being made")
+        return self._made
 
     async def register(self, replicas: tuple[Replica, ...]) -> int:
         return await self._there(lambda: self._controller.register(replicas))
@@ -74,7 +87,7 @@ class ControllerProcess:
         return await self._await(self._controller.registry.membership(after_version, timeout_s, gateway))
 
     async def gateways(self) -> tuple[str, ...]:
-        return await self._there(self._controller.registry.gateways)
+        return await self._there(lambda: self._controller.registry.gateways())
 
     async def hold(self, hold: Hold) -> None:
         await self._await(self._controller.hold(hold))
@@ -89,16 +102,16 @@ class ControllerProcess:
         return await self._there(lambda: self._controller.fleet)
 
     async def status(self) -> FleetStatus:
-        status = await self._there(self._controller.status)
+        status = await self._there(lambda: self._controller.status())
         if status is None:
             raise Unreachable("the controller has not looked around yet")
         return status
 
     async def progress(self) -> Progress:
         """Raises what keeps the controller from running."""
-        if self._fault is not None:
-            raise self._fault
-        return await self._there(self._controller.progress)
+        while self._made is None and self._fault is None:  # noqa: ASYNC110 - another thread's loop makes it.
+            await asyncio.sleep(POLL_S)
+        return await self._there(lambda: self._controller.progress())
 
     async def slow(self, replica_id: str, factor: float) -> None:
         await self._await(self._controller.slow(replica_id, factor))
@@ -117,7 +130,7 @@ class ControllerProcess:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
 
 
-async def _made(directory: Path, secret: str, prometheus_url: str | None) -> FleetController:
+def _make(directory: Path, secret: str, prometheus_url: str | None) -> FleetController:
     """On the loop, to which its links and waiters belong."""
     fleet = read_fleet(directory)
     transport = GrpcTransport(Credential(secret=secret, tls_dir=fleet.transport.tls_dir))

@@ -184,7 +184,7 @@ class _Part:
         snapshot = self._entry.snapshot
         lost = (replica for replica in snapshot.replicas_by_group[self._name] if replica.phase is Phase.LOST)
         dead = {node.name for node in snapshot.nodes if not node.alive}
-        return tuple(f"{one.replica_id} on {one.node}" + (", which is dead" if one.node in dead else "") for one in lost)
+        return tuple(f"{one.replica_id} on {one.node}" + (", which does not answer" if one.node in dead else "") for one in lost)
 
     def _step(self, action: Action, known: Outcome | None) -> Step:
         became = "only advised" if self._entry.mode == "advise" else "under way"

@@ -30,7 +30,7 @@ from controller.act.actuator import Actuator
 from controller.act.hosts import Hosts
 from controller.act.orders import Orders
 from controller.controller import Controller, Course, recall
-from controller.directory import next_epoch, open_journal, read_fleet, remember_port, remembered_port, write_fleet
+from controller.directory import next_epoch, open_journal, read_fleet, remember_port, remembered_port, reopened, write_fleet
 from controller.memory import GroupMemory, Memory, with_hold, without_hold
 from controller.observe.assemble import SPAN_S
 from controller.observe.discovery import DiscoveryServer, target_groups
@@ -52,6 +52,7 @@ from transports.transport import Transport
 log = logging.getLogger(__name__)
 
 INVENTORY_S = 1.0
+STOCK_S = 10.0  # Ray's head answers within a second, or is being restarted.
 PROBE_S = 2.0
 SETTLE_S = SILENCE_S  # A worker that lives has registered with a new controller by then, or others have kept it busy.
 MAX_SETTLE_S = 60.0  # Ten thousand calls take some ten seconds.
@@ -63,6 +64,7 @@ MOST_FIGURE = 1e6  # Of a performance model: no step lasts so many seconds, and 
 
 KEEP = PipelineSpec(policies=(PolicySpec(use="policies.keep:Keep"),), guards=(PolicySpec(use="policies.guards:Capacity"),))
 """Brings up a fleet whose controller is to advise only."""
+KEEP_TEXT = as_text(KEEP)
 
 
 class FleetController:
@@ -83,8 +85,7 @@ class FleetController:
         """
         self.fleet = read_fleet(directory)
         self._directory = directory
-        self._journal = open_journal(directory, self.fleet.control.journal_bytes)
-        last = self._journal.last()
+        self._journal, last = open_journal(directory, self.fleet.control.journal_bytes)
         self._last = last
         self.epoch = next_epoch(directory, 0 if last is None else last.epoch)
         self.clock = clock_from(0.0 if last is None else last.snapshot.now_s)
@@ -116,6 +117,8 @@ class FleetController:
         self._metrics = ControllerMetrics(self.epoch, self._tallies)
         self._server = DiscoveryServer(self.fleet.name, self._targets, self._metrics.registry)
         self._changes: deque[Change] = deque(maxlen=SHOWN_CHANGES)
+        for one in self._journal.changes(most=SHOWN_CHANGES):
+            self._changes.extendleft(changes_of(one.number, one.at_s, one.mode, one.decision))
         self._passed: tuple[ClusterSnapshot, Decision] | None = None
         self._failed: dict[str, tuple[str, bool]] = {}
         """Of starts: why, and whether it would happen again."""
@@ -341,8 +344,11 @@ class FleetController:
 
         while True:
             await asyncio.sleep(INVENTORY_S)
-            with contextlib.suppress(Exception):
-                await self._take_stock()
+            try:
+                await asyncio.wait_for(self._take_stock(), STOCK_S)
+            except Exception as error:
+                log.warning("Ray does not say what runs: %r", error)
+            self.controller.journal = self._journal = reopened(self._journal, self._directory, self.fleet.control.journal_bytes)
             for node in self.machines.suspects - probing:
                 probing.add(node)
                 self._do(probe(node))
@@ -356,10 +362,9 @@ class FleetController:
 
     def _note(self, snapshot: ClusterSnapshot, decision: Decision, pass_s: float) -> None:
         self._passed = (snapshot, decision)
-        for change in changes_of(snapshot, decision):
-            self._changes.appendleft(change)
+        self._changes.extendleft(changes_of(snapshot.pass_number, snapshot.now_s, self.controller.course.mode, decision))
         self._metrics.passed(snapshot, decision, pass_s)
-        if self.controller.course.text == as_text(KEEP) and self._is_up(snapshot):
+        if self.controller.course.text == KEEP_TEXT and self._is_up(snapshot):
             self.controller.course = _course(self.fleet)
 
     def _is_up(self, snapshot: ClusterSnapshot) -> bool:
@@ -368,9 +373,9 @@ class FleetController:
 
     def _course(self) -> Course:
         """An adviser brings its fleet up before it only advises."""
-        coming_up = self._last is None or self._last.pipeline == as_text(KEEP)
+        coming_up = self._last is None or self._last.pipeline == KEEP_TEXT
         if self.fleet.control.mode == "advise" and coming_up:
-            return Course(pipeline=build(KEEP), text=as_text(KEEP))
+            return Course(pipeline=build(KEEP), text=KEEP_TEXT)
         return _course(self.fleet)
 
     def _targets(self) -> Any:

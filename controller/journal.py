@@ -44,6 +44,9 @@ CREATE TABLE IF NOT EXISTS touches (
 """
 
 
+_OF_THE_DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY)
+
+
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one action of a pass."""
 
@@ -87,7 +90,7 @@ class Journal:
     """One writer, any number of readers in other processes. Raises OSError where the disk is full or the file is gone."""
 
     def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES, read_only: bool = False) -> None:
-        """Raises InvalidTrace for a file that is no journal or of another schema."""
+        """Raises InvalidTrace for a file that is no journal or of another schema, OSError where it cannot be written."""
         self.max_bytes = max_bytes
         """Of content; may be changed, and counts from the next time that it is pruned."""
         self._path = path
@@ -97,12 +100,19 @@ class Journal:
             self._db = _connect(path, read_only)
             found = self._db.execute("SELECT schema FROM journal").fetchone()
         except sqlite3.DatabaseError as error:
+            if not read_only and error.sqlite_errorcode & 0xFF in _OF_THE_DISK:
+                raise OSError(f"journal {path}: {error}") from error
             raise InvalidTrace(f"{path} is no journal: {error}") from error
         if found is None and not read_only:
-            with self._db:
+            with _as_os_error(path), self._db:
                 self._db.execute("INSERT INTO journal VALUES (?)", (SCHEMA,))
         elif found is None or found[0] != SCHEMA:
             raise InvalidTrace(f"{path} is a journal of schema {found and found[0]}; this release reads {SCHEMA}")
+
+    @property
+    def in_memory(self) -> bool:
+        """Ends with its process."""
+        return str(self._path) == ":memory:"
 
     def write(self, entry: Entry) -> None:
         """The pass is on disk when this returns. After an error the next one is a keyframe, and nothing of this one is left."""

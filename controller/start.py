@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import InvalidConfig, Unreachable, error_in
@@ -64,6 +64,8 @@ async def start_controller(fleet: Fleet, directory: Path, secret: str, prometheu
             await handle.progress.remote()
     except TimeoutError:
         raise Unreachable(f"the controller did not answer within {START_S:.0f} s") from None
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
     except RayActorError as error:
         report = str(error).strip()
         raise error_in(report) or Unreachable(f"the controller died while it started: {report.splitlines()[-1]}") from error

@@ -89,6 +89,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     at_s: float
     text: str
     reason: str
+    advised: bool = False
+    """Only that: it is not carried out."""
 
 
 class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,10 +144,10 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     failures: tuple[Failure, ...]
 
 
-def changes_of(snapshot: ClusterSnapshot, decision: Decision) -> tuple[Change, ...]:
+def changes_of(number: int, at_s: float, mode: str, decision: Decision) -> tuple[Change, ...]:
     """What a pass changes."""
     return tuple(
-        Change(number=snapshot.pass_number, at_s=snapshot.now_s, text=action.words, reason=action.reason.text)
+        Change(number=number, at_s=at_s, text=action.words, reason=action.reason.text, advised=mode != "act")
         for action in decision.actions
     )
 

@@ -166,7 +166,7 @@ def _changes_role(replica: ReplicaState) -> bool:
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The pool's places, and the group's own limits, beat every wish. Groups of one pool are served in the order of the actions."""
+    """The pool's places beat every wish. Groups of one pool are served in the order of the actions."""
 
     def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
         places = {pool: sum(node.slots for node in snapshot.nodes if node.pool == pool and node.alive) for pool in _pools(snapshot)}

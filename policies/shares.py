@@ -1,4 +1,4 @@
-"""Which part of a model's flow each of its groups is to carry: the cheapest capacity first, up to its most replicas."""
+"""Which part of a model's flow each of its groups is to carry: what must be there anyway, then the cheapest capacity first."""
 
 from __future__ import annotations
 
@@ -41,11 +41,16 @@ def _split(
 ) -> dict[str, float]:
     if len(groups) == 1 or flow.rate_rps <= 0.0:
         return {group.name: whole if index == 0 else 0.0 for index, group in enumerate(groups)}
-    given: dict[str, float] = {}
+    given = dict.fromkeys((group.name for group in groups), 0.0)
     left = whole
-    for group in sorted(groups, key=lambda group: _price_of_capacity(snapshot, group, flow, slo, bounds)):
-        given[group.name] = min(left, capacity(snapshot, group, group.max_replicas, flow, slo, bounds))
-        left -= given[group.name]
+    cheapest = sorted(groups, key=lambda group: _price_of_capacity(snapshot, group, flow, slo, bounds))
+    # What must stay anyway costs nothing more.
+    for replicas in ({group.name: group.min_replicas for group in groups}, {group.name: group.max_replicas for group in groups}):
+        for group in cheapest:
+            most = capacity(snapshot, group, replicas[group.name], flow, slo, bounds) - given[group.name]
+            more = min(left, max(0.0, most))
+            given[group.name] += more
+            left -= more
     if left > 0.0:  # Nobody can carry it: everyone is asked for more than it has, and the limits say the rest.
         share = {name: part / (whole - left) if whole > left else 1.0 / len(groups) for name, part in given.items()}
         given = {name: part + left * share[name] for name, part in given.items()}

@@ -21,6 +21,7 @@ from controller.registry import Registry
 
 log = logging.getLogger(__name__)
 
+LISTS = 2  # Of Ray's, in a row, that lack a process: one alone may be wrong.
 ROLE_DRAIN_S = 60.0  # What a replica has in its old role may take so long; the rest is resumed elsewhere.
 
 
@@ -60,7 +61,9 @@ class Actuator:
         """Ray's list of processes at a time. A start whose process has ended is told by nobody else."""
         for replica_id, order in self._orders.open.items():
             starting = isinstance(order.action, StartReplica) and self.worker_of(replica_id) is None
-            if starting and order.begun and order.at_s < at_s and self._worker_of_start(replica_id) not in workers:
+            gone = starting and order.begun and order.at_s < at_s and self._worker_of_start(replica_id) not in workers
+            order.unlisted = order.unlisted + 1 if gone else 0
+            if order.unlisted == LISTS:
                 self._orders.fail(replica_id, "its process ended while it started")
 
     async def close(self) -> None:

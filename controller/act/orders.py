@@ -31,6 +31,8 @@ class Order(msgspec.Struct, kw_only=True):
     """Why it cannot be, as far as is known."""
     begun: bool = False
     """Its worker has heard it."""
+    unlisted: int = 0
+    """Lists of Ray's processes in a row that lack its own."""
     node_down_s: float | None = None
     """Since when the node of a start is down."""
 

@@ -15,6 +15,7 @@ from cluster.errors import InvalidRequest
 from cluster.fleet import PipelineSpec, PolicySpec
 from cluster.replica import Phase
 from cluster.snapshot import Hold
+from controller import journal
 from controller.directory import write_fleet
 from controller.journal import Journal
 from tests.chaos.world import FakeWorker, Script, World
@@ -174,7 +175,7 @@ def test_a_full_disk_is_counted_and_the_fleet_controlled_on(world: World, monkey
     def full(entry: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(world.controller._journal, "write", full)
+    monkeypatch.setattr(world.controller.controller.journal, "write", full)
     hung(world)
     world.run(1020.0)
     assert world.roles() == (1, 2)
@@ -236,4 +237,43 @@ def test_challengers_are_journaled_beside_what_is_done(directory: Path):
     entries = [entry for entry in Journal(directory / "journal.sqlite", read_only=True).entries() if entry.decision.actions]
     assert [entry.shadows["keep"].targets["m/decode/default"] for entry in entries] == [2, 2]
     assert entries[-1].decision.targets["m/decode/default"] == 4
+    world.close()
+
+
+def test_a_controller_that_starts_on_a_full_disk_goes_on_from_its_journal_and_writes_again_later(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+):
+    world = World(directory, Script(at_s=1006.0, decode=4))
+    world.new_controller()
+    world.run(1014.0)
+    full = {"is": True}
+    connect = journal._connect
+
+    def refuse(path: Path, read_only: bool) -> sqlite3.Connection:
+        if full["is"] and not read_only and str(path) != ":memory:":
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        return connect(path, read_only)
+
+    monkeypatch.setattr(journal, "_connect", refuse)
+    world.new_controller()
+    world.run(1025.0)
+    assert world.roles() == (1, 4)
+    assert sum(world.started.values()) == 5
+    assert world.controller.epoch == 2
+    assert world.controller.status().unwritten >= 5
+    full["is"] = False
+    world.run(1030.0)
+    assert Journal(directory / "journal.sqlite", read_only=True).last().epoch == 2
+    world.close()
+
+
+def test_a_config_that_is_damaged_is_read_as_it_was_before(directory: Path):
+    world = World(directory, Script(at_s=1e12))
+    write_fleet(directory, world.fleet)
+    (directory / "fleet.json").write_text("xx")
+    world.new_controller()
+    world.run(1006.0)
+    assert world.roles() == (1, 2)
     world.close()

@@ -131,7 +131,7 @@ def test_turning_points_are_stated_in_digits_that_can_be_read(scripted: Journal)
 def test_replaced_replica_is_told_with_its_dead_node(scripted: Journal):
     (prefill,) = explain(scripted, LOST_AT).groups
     assert prefill.before == prefill.after == prefill.present + 1
-    assert prefill.missing == (f"prefill-p-1 on {LOST_NODE}, which is dead",)
+    assert prefill.missing == (f"prefill-p-1 on {LOST_NODE}, which does not answer",)
     assert [step.became for step in prefill.actions] == ["done"]
 
 
