@@ -95,6 +95,8 @@ def choose(journal: Journal, subject: str | None, until_s: float | None, now_s: 
     if span is None:
         raise InvalidRequest("the journal is empty: no pass was made yet")
     latest_s = span[1] if until_s is None else until_s
+    if until_s is not None and until_s >= now_s + 1.0:
+        raise InvalidRequest(f"--at {clock(latest_s, now_s)} is yet to come")
     in_force = journal.at(latest_s)
     if in_force is None:
         raise InvalidRequest(f"--at {clock(latest_s, now_s)} is before {clock(span[0], now_s)}, the journal's first pass")

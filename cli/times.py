@@ -9,7 +9,7 @@ from cluster.errors import InvalidConfig
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 DAY_S = UNITS_S["d"]
-LAST_OF_SECOND_S = 0.999_999
+LAST_OF_SECOND_S = 0.999_9
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?")
