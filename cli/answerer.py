@@ -110,6 +110,11 @@ class Answerer:
                         last = error
                     except MobulaError:
                         raise
+                    except OSError as error:
+                        if error.errno is None or isinstance(error, (ConnectionError, TimeoutError)):
+                            last = error
+                        else:  # It answers: that it cannot.
+                            raise Unreachable(f"the controller cannot do it now: {error}") from error
                     except Exception as error:
                         last = error
                     await asyncio.sleep(RETRY_S)

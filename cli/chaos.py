@@ -9,7 +9,7 @@ import typer
 from cli.ask import ask
 from cli.fleet_home import FleetHome, only_fleet
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 Fleet = Annotated[str | None, typer.Option("--fleet", help="Name of the fleet; may be left out with only one up.")]
 

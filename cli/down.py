@@ -9,6 +9,7 @@ from typing import Annotated
 
 import psutil
 import typer
+from rich.console import Console
 
 from cli.fleet_home import FleetHome, Record, only_fleet
 from cli.joined_ray import joined_ray
@@ -30,7 +31,8 @@ def down(fleet: Annotated[str | None, typer.Argument(help="Name of the fleet; ma
     record = home.record()
     if record is None:
         raise InvalidConfig(f"no fleet {home.path.name} is up: {home.record_path} is not there")
-    killed = end_fleet(record, home)
+    with Console(stderr=True).status(f"stopping {record.fleet}: requests have {DRAIN_S:.0f} s to finish"):
+        killed = end_fleet(record, home)
     typer.echo(f"{record.fleet} is down" + (f"; {killed} processes had to be killed" if killed else ""))
 
 

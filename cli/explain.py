@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cli.figures import figure
 from cli.journals import FleetName, JournalFile, home_of, opened
-from cli.times import clock, moment, spell
+from cli.times import clock, spell, until
 from cluster.errors import InvalidConfig, InvalidRequest
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def explain(
 
     now_s = time.time()
     with opened(fleet, journal) as source:
-        until_s = None if at is None else moment(at, now_s, "--at")
+        until_s = None if at is None else until(at, now_s, "--at")
         chosen = choose(source, subject, until_s, now_s) if number is None else number
         with patience("deciding again") as told:
             answer = answer_of(source, chosen, subject, told=told)
@@ -94,12 +94,14 @@ def choose(journal: Journal, subject: str | None, until_s: float | None, now_s: 
     span = journal.span
     if span is None:
         raise InvalidRequest("the journal is empty: no pass was made yet")
-    until = span[1] if until_s is None else until_s
-    in_force = journal.at(until)
+    latest_s = span[1] if until_s is None else until_s
+    if until_s is not None and until_s >= now_s + 1.0:
+        raise InvalidRequest(f"--at {clock(latest_s, now_s)} is yet to come")
+    in_force = journal.at(latest_s)
     if in_force is None:
-        raise InvalidRequest(f"--at {clock(until, now_s)} is before {clock(span[0], now_s)}, the journal's first pass")
+        raise InvalidRequest(f"--at {clock(latest_s, now_s)} is before {clock(span[0], now_s)}, the journal's first pass")
     if subject is not None:
-        touched = journal.last_touch(subject, until)
+        touched = journal.last_touch(subject, latest_s)
         return in_force if touched is None else touched
     if until_s is not None:
         return in_force
@@ -222,7 +224,7 @@ def _steps(group: GroupAnswer) -> Text:
 
 
 def _step(step: Step, group: GroupAnswer) -> str:
-    took = "" if step.took_s is None else f" after {spell(step.took_s)}"
+    took = "" if step.took_s is None or " after " in step.became else f" after {spell(step.took_s)}"
     own = "" if step.why == group.why else f" ({step.why})"
     return f"{step.action}: {step.became}{took}{own}"
 

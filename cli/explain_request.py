@@ -47,7 +47,7 @@ def fleet_of(home: FleetHome) -> Fleet:
 
 
 def find(directory: Path, request_id: str) -> list[RequestRecord]:
-    """The request of that id, or all choices of the HTTP request of that id; newest files first, and no further than needed."""
+    """The request of that id, or all choices of the answer or HTTP request of that id. Newest files first, as far as needed."""
     from cli.explain import patience
 
     files = sorted(directory.glob("requests-*.jsonl*"), key=lambda path: -path.stat().st_mtime)
@@ -62,7 +62,7 @@ def find(directory: Path, request_id: str) -> list[RequestRecord]:
 
 def _in_file(path: Path, request_id: str) -> Iterator[RequestRecord]:
     """Lines that a crash has cut short are left out."""
-    needle = f'"{request_id}"'.encode()
+    needle = f'"{request_id}'.encode()
     with path.open("rb") as lines:
         for line in lines:
             if needle not in line:
@@ -71,7 +71,7 @@ def _in_file(path: Path, request_id: str) -> Iterator[RequestRecord]:
                 record = msgspec.json.decode(line, type=RequestRecord)
             except msgspec.DecodeError:
                 continue
-            if request_id in (record.request_id, record.http_request_id):
+            if request_id in (record.request_id, record.request_id.rpartition("-")[0], record.http_request_id):
                 yield record
 
 

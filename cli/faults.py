@@ -31,7 +31,8 @@ class Faults:
         local = self._here()
         match what:
             case "worker":
-                return _signalled(_worker(status, target), signal.SIGKILL, f"worker of {target or 'the first replica'}")
+                replica_id, pid = _worker(status, target)
+                return _signalled(pid, signal.SIGKILL, f"worker of {replica_id}")
             case "controller":
                 return _signalled(status.controller_pid, signal.SIGKILL, "controller")
             case "gateway":
@@ -46,8 +47,8 @@ class Faults:
         self._here()
         if not 0.0 <= seconds <= MAX_HANG_S:
             raise InvalidRequest(f"seconds {seconds} outside [0, {MAX_HANG_S:.0f}]", param="seconds")
-        pid = _worker(status, target)
-        said = _signalled(pid, signal.SIGSTOP, f"worker of {target or 'the first replica'}")
+        replica_id, pid = _worker(status, target)
+        said = _signalled(pid, signal.SIGSTOP, f"worker of {replica_id}")
         if seconds:
             task = asyncio.get_running_loop().create_task(_wake(pid, seconds))
             self._hung.add(task)
@@ -67,10 +68,11 @@ class Faults:
         return self._local
 
 
-def _worker(status: FleetStatus, target: str) -> int:
+def _worker(status: FleetStatus, target: str) -> tuple[str, int]:
+    """A replica of it, and its process."""
     for replica in status.replicas:
         if replica.pid and (not target or target in (replica.replica_id, replica.worker_id)):
-            return replica.pid
+            return replica.replica_id, replica.pid
     known = ", ".join(replica.replica_id for replica in status.replicas if replica.pid)
     raise InvalidRequest(f"no worker hosts {target or 'anything'}; there are {known or 'none'}", param="target")
 

@@ -77,11 +77,19 @@ class FleetHome:
         draft.replace(self.record_path)
 
     def record(self) -> Record | None:
-        """The last record, whether its supervisor still runs or not. None where there is none."""
+        """The last record, whether its supervisor still runs or not. None where there is none.
+
+        Raises InvalidConfig for one that does not parse.
+        """
         try:
             return msgspec.json.decode(self.record_path.read_bytes(), type=Record)
-        except (OSError, msgspec.DecodeError):
+        except OSError:
             return None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise InvalidConfig(
+                f"{self.record_path} is broken: {error}; `mobula up` wrote into it which processes are fleet {self.path.name}'s: "
+                "put it right, or end them by hand and remove it"
+            ) from error
 
     def write_secret(self, secret: str) -> None:
         """Readable by its owner alone from the moment it exists."""

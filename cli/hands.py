@@ -19,6 +19,7 @@ from cluster.placement import group_of, limits_of
 from cluster.snapshot import Hold
 
 MOST_S = 7 * DAY_S  # What is to hold for longer belongs into cluster.yaml.
+MOST_REPLICAS = 10_000  # As of a whole config.
 MOST_AUTHOR_CHARS = 64
 MOST_LIKE = 3
 
@@ -94,6 +95,8 @@ def pin(
 
     mobula pin llama/prefill/h100 2 --for 1d
     """
+    if count > MOST_REPLICAS:
+        raise InvalidConfig(f"{count} replicas are above {MOST_REPLICAS}, the most that a fleet may have")
     home = _home(fleet)
     name, spec = _resolve(_fleet(home), group)
     low, high = limits_of(spec)

@@ -37,6 +37,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     at_s: float
     what: str
     why: str
+    advised: bool = False
+    """Nothing of it was done."""
     times: int = 1
     """Passes in a row that decided the same; `number` is the last of them."""
 
@@ -49,7 +51,7 @@ def list_changes(
     journal: JournalFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
 ) -> None:
-    """Show the passes that changed something: when, what, and why.
+    """Show the passes that changed something, or advised to: when, what, and why.
 
     Examples:
 
@@ -112,7 +114,8 @@ def table(lines: list[Line], now_s: float) -> Table:
     shown.add_column("what", overflow="fold", ratio=2)
     shown.add_column("why", overflow="fold", ratio=3)
     for line in lines:
-        what = line.what if line.times == 1 else f"{line.what} ({line.times} passes)"
+        notes = ", ".join([*["advised"] * line.advised, *[f"{line.times} passes"] * (line.times > 1)])
+        what = f"{line.what} ({notes})" if notes else line.what
         shown.add_row(clock(line.at_s, now_s), str(line.number), Text(what), Text(line.why))
     return shown
 
@@ -171,11 +174,13 @@ def _apart(place: str, recorded: Any, now: Any) -> Iterator[str]:
 
 
 def _lines(changes: list[Choice]) -> Iterator[Line]:
-    """Passes in a row that decided the same are one line: what is only advised is advised again each second."""
+    """Passes in a row that decided the same are one line: what is only advised is advised again each second, under other names."""
 
-    def alike(choice: Choice) -> tuple[str, str]:
-        return what(choice.decision.actions), why(choice.decision)
+    def alike(choice: Choice) -> tuple[str, str, bool, tuple[str, ...]]:
+        advised = choice.mode == "advise"
+        names = () if advised else tuple(action.words for action in choice.decision.actions)
+        return what(choice.decision.actions), why(choice.decision), advised, names
 
-    for (done, reason), same in groupby(changes, alike):
+    for (done, reason, advised, _), same in groupby(changes, alike):
         row = list(same)
-        yield Line(number=row[-1].number, at_s=row[-1].at_s, what=done, why=reason, times=len(row))
+        yield Line(number=row[-1].number, at_s=row[-1].at_s, what=done, why=reason, advised=advised, times=len(row))

@@ -21,8 +21,12 @@ from controller.status import FleetStatus, GroupStatus, ModelStatus, NodeStatus,
 
 REFRESH_S = 1.0
 PHASE_STYLES = {"ready": "green", "lost": "red", "draining": "yellow", "warming": "cyan", "starting": "cyan"}
+GONE = ("lost", "stopped")
 SHOWN_REPLICAS = 40  # More do not fit a screen; `--json` has all.
 SHOWN_CHANGES = 5
+FEWEST_REPLICAS = 3  # On however small a terminal.
+STALE_S = 15.0  # As `policies.guards:StaleTelemetry` has it, unless told otherwise.
+NEVER_S = 1e9  # Ages are counted from 1970 where nothing was ever heard.
 
 
 def status(
@@ -53,12 +57,18 @@ def fetch(home: FleetHome) -> FleetStatus:
     return ask(home, "status", FleetStatus)
 
 
-def screen(now: FleetStatus) -> Group:
-    """Fits 80 columns."""
-    return Group(*_parts(now))
+def screen(now: FleetStatus, most: int = SHOWN_REPLICAS) -> Group:
+    """Fits 80 columns. most: replicas to show."""
+    return Group(*_parts(now, most))
 
 
-def _parts(now: FleetStatus) -> Iterator[RenderableType]:
+def fitted(now: FleetStatus, console: Console) -> Group:
+    """A screen with no more replicas than leave room for the rest on the terminal."""
+    rest = len(console.render_lines(screen(now, 0)))
+    return screen(now, max(FEWEST_REPLICAS, min(SHOWN_REPLICAS, console.height - rest - 1)))
+
+
+def _parts(now: FleetStatus, most: int) -> Iterator[RenderableType]:
     power = f", {now.power_w:,.0f} W" if now.power_w else ""
     cost = f", ${now.used_usd_per_hour:.2f}/h in use of ${now.price_usd_per_hour:.2f}/h" if now.price_usd_per_hour else ""
     yield Text(f"{now.fleet} at {now.url}: {now.mode}, pass {now.pass_number}, epoch {now.epoch}{power}{cost}", style="bold")
@@ -68,10 +78,13 @@ def _parts(now: FleetStatus) -> Iterator[RenderableType]:
         until = datetime.fromtimestamp(hold.expires_s).strftime("%H:%M")
         count = "" if hold.replicas is None else f" to {hold.replicas}"
         yield Text(f"{hold.kind} {hold.target}{count} by {hold.author} until {until}".replace("  ", " "), style="yellow")
+    for model in now.models:
+        if model.age_s > STALE_S:
+            yield Text(f"telemetry of {model.model} is {_age(model.age_s)}: its rate and latencies are unknown", style="red")
     yield _table("model", ("rate", "queued", "running", "TTFT P99", "TPOT P99", "in SLO"), map(_model, now.models))
     yield _table("group", ("ready", "wanted", "min", "max"), map(_group, now.groups))
     yield _table("node", ("pool", "", "market", "zone", "used", "power", "$/h"), map(_node, now.nodes))
-    yield replica_table(now)
+    yield replica_table(now, most)
     if now.changes:
         yield Text("last decisions (mobula explain says more)", style="dim")
     for change in now.changes[:SHOWN_CHANGES]:
@@ -79,12 +92,13 @@ def _parts(now: FleetStatus) -> Iterator[RenderableType]:
         yield Text(f"{at}  {'advised: ' if change.advised else ''}{change.text}: {change.reason}")
 
 
-def replica_table(now: FleetStatus) -> Table:
-    """The replicas alone."""
-    rows = sorted(now.replicas, key=lambda replica: (replica.role, replica.replica_id))
-    shown = _table("replica", ("role", "phase", "node", "run", "wait", "KV", "step", "power"), map(_replica, rows[:SHOWN_REPLICAS]))
-    if len(rows) > SHOWN_REPLICAS:
-        shown.caption = f"and {len(rows) - SHOWN_REPLICAS} more"
+def replica_table(now: FleetStatus, most: int = SHOWN_REPLICAS) -> Table:
+    """The replicas alone; of too many, those that are no more are left out first."""
+    kept = sorted(now.replicas, key=lambda replica: replica.phase in GONE)[:most]
+    rows = sorted(kept, key=lambda replica: (replica.role, replica.replica_id))
+    shown = _table("replica", ("role", "phase", "node", "run", "wait", "KV", "step", "power"), map(_replica, rows))
+    if len(now.replicas) > most:
+        shown.caption = f"and {len(now.replicas) - most} more"
     return shown
 
 
@@ -99,12 +113,18 @@ def _table(first: str, headings: tuple[str, ...], rows: Iterator[tuple[str | Tex
     return made
 
 
+def _age(age_s: float) -> str:
+    return f"{age_s:.0f} s old" if age_s < NEVER_S else "not there yet"
+
+
 def _model(model: ModelStatus) -> tuple[str | Text, ...]:
+    if model.age_s > STALE_S:
+        return (model.model, *["unknown"] * 6)
     share = "-" if model.attainment is None else f"{model.attainment:.1%}"
     missed = model.attainment is not None and model.attainment < 0.99
     return (
         model.model,
-        f"{model.rate_rps:.2f}/s" if model.age_s < 60 else "unknown",
+        f"{model.rate_rps:.2f}/s",
         str(model.queued),
         str(model.in_flight),
         _against(model.ttft and model.ttft.p99_s, model.slo.ttft_s),
@@ -154,10 +174,17 @@ def _replica(replica: ReplicaStatus) -> tuple[str | Text, ...]:
 
 
 def _watch(home: FleetHome, now: FleetStatus) -> None:
+    console = Console()
     try:
-        with Live(screen(now), refresh_per_second=4) as live:
+        if not console.is_terminal:  # In a pipe, one after another.
+            while True:
+                console.print(screen(now))
+                console.file.flush()
+                time.sleep(REFRESH_S)
+                now = fetch(home)
+        with Live(fitted(now, console), console=console, refresh_per_second=4) as live:
             while True:
                 time.sleep(REFRESH_S)
-                live.update(screen(fetch(home)))
+                live.update(fitted(fetch(home), console))
     except KeyboardInterrupt:
         return

@@ -9,6 +9,7 @@ from cluster.errors import InvalidConfig
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 DAY_S = UNITS_S["d"]
+LAST_OF_SECOND_S = 0.999_9
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?")
@@ -20,6 +21,12 @@ def duration(text: str, flag: str) -> float:
     if found is None:
         raise InvalidConfig(f"{flag} {text!r} is no duration such as 90s, 30m, 2h or 1d")
     return float(found[1]) * UNITS_S[found[2]]
+
+
+def until(text: str, now_s: float, flag: str) -> float:
+    """A moment up to the end of the second that is written: passes are listed by theirs without its fractions."""
+    at_s = moment(text, now_s, flag)
+    return at_s if _DURATION.fullmatch(text.strip().removeprefix("-")) or at_s % 1 else at_s + LAST_OF_SECOND_S
 
 
 def moment(text: str, now_s: float, flag: str) -> float:

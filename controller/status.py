@@ -13,6 +13,7 @@ from cluster.slo import Slo
 from cluster.snapshot import ClusterSnapshot, Hold, Latency, ReplicaState, Workload
 
 FLOW_S = 15.0  # Over which the rate that is shown is meant.
+HELD = ("cordon", "drain")  # What may be said of a node, the stronger last.
 
 
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -181,7 +182,7 @@ def fleet_status(
 
 def _node(snapshot: ClusterSnapshot, name: str, there: Sequence[ReplicaState]) -> NodeStatus:
     node = snapshot.node_by_name[name]
-    held = next((hold.kind for hold in snapshot.holds if hold.target == name and hold.kind in ("drain", "cordon")), "")
+    held = max((hold.kind for hold in snapshot.holds if hold.target == name and hold.kind in HELD), key=HELD.index, default="")
     return NodeStatus(
         name=name,
         pool=node.pool,

@@ -8,7 +8,7 @@ from cluster.errors import InvalidConfig, InvalidModel
 from cluster.fleet import Fleet, ModelSpec
 from controller.config.bounds import check_unique
 from controller.config.groups import model_of
-from workers.checkpoint import check_files
+from workers.checkpoint import TOKENIZER, check_files
 
 MAX_MODEL_CHARS = 200  # Hub names are up to 96; clients name a model in every request.
 
@@ -24,8 +24,13 @@ def check_model_names(fleet: Fleet) -> None:
 def check_checkpoint(fleet: Fleet, model: ModelSpec) -> None:
     """A path that looks like one must be a model directory; other names are left to the hub."""
     path = Path(model.path)
-    if path.is_absolute() and any(group.engine == "torch" for group in fleet.replicas if model_of(fleet, group) is model):
+    if not path.is_absolute():
+        return
+    place = f"models[{fleet.models.index(model)}].path"
+    if any(group.engine == "torch" for group in fleet.replicas if model_of(fleet, group) is model):
         try:
             check_files(path)
         except InvalidModel as error:
-            raise InvalidConfig(f"models: {model.name}: {error}") from error
+            raise InvalidConfig(f"{place}: {error}") from error
+    elif not (path / TOKENIZER).is_file():  # All that the gateway needs of a model that nobody computes.
+        raise InvalidConfig(f"{place}: {path / TOKENIZER} is missing" if path.is_dir() else f"{place}: {path} is no directory")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from cluster.fleet import Fleet, NodeSpec
 from cluster.hardware import ACCELERATORS
-from controller.config.bounds import check_at_least, check_known, check_name, check_unique, placed
+from controller.config.bounds import check_at_least, check_at_most, check_known, check_name, check_unique, placed
+from controller.config.groups import MAX_REPLICAS
 
 
 def check_nodes(fleet: Fleet) -> None:
@@ -26,3 +27,4 @@ def _check_node(node: NodeSpec) -> None:
     check_at_least(node.price_usd_per_hour, 0.0, "price_usd_per_hour")
     if node.slots is not None:
         check_at_least(node.slots, 1, "slots")
+        check_at_most(node.slots, MAX_REPLICAS, "slots")

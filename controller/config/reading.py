@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import yaml
@@ -15,6 +17,7 @@ from cluster.fleet import Fleet
 from controller.spelling import check_spelling
 
 MAX_CONFIG_BYTES = 2**20  # Ten thousand nodes by name are half of it.
+MAX_SHOWN_CHARS = 60  # Of a wrong value.
 
 
 def load_fleet(path: Path) -> Fleet:
@@ -50,7 +53,7 @@ def parse_fleet(data: bytes, base: Path) -> Fleet:
     try:
         fleet = msgspec.convert(plain, Fleet)
     except msgspec.ValidationError as error:
-        raise InvalidConfig(_one_line(error).replace("$.", "")) from error
+        raise InvalidConfig(_with_value(_one_line(error).replace("$.", ""), plain)) from error
     return _with_absolute_paths(fleet, base)
 
 
@@ -92,6 +95,22 @@ def _with_absolute_paths(fleet: Fleet, base: Path) -> Fleet:
             fleet.transport, secret_file=absolute(fleet.transport.secret_file), tls_dir=absolute(fleet.transport.tls_dir)
         ),
     )
+
+
+def _with_value(said: str, plain: object) -> str:
+    """What is wrong with a value, its place first and the value with it: msgspec tells its type alone."""
+    found = re.fullmatch(r"(.*) - at `([^`]+)`", said)
+    if found is None:
+        return said
+    value: Any = plain
+    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", found[2]):
+        try:
+            value = value[int(index)] if index else value[key]
+        except (LookupError, TypeError):  # A mapping's any key is `[...]`.
+            return f"{found[2]}: {found[1]}"
+    shown = repr(value)
+    cut = shown if len(shown) <= MAX_SHOWN_CHARS else f"{shown[:MAX_SHOWN_CHARS]}..."
+    return f"{found[2]} {cut}: {found[1]}"
 
 
 def _one_line(error: Exception) -> str:

@@ -25,9 +25,11 @@ def homes(tmp_path: Path, monkeypatch):
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """The example at a port that no other test has."""
+    """The example at a port that no other test has, and with a tokenizer in its model's place."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/tokenizer.json").write_text("{}")
     path = tmp_path / "cluster.yaml"
-    path.write_text(LOCAL.read_text().replace("port: 8000", "port: 28417"))
+    path.write_text(LOCAL.read_text().replace("port: 8000", "port: 28417").replace("../.mobula/tiny-dense", "model"))
     return path
 
 

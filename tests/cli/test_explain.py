@@ -103,6 +103,7 @@ def test_json_is_the_whole_answer(played: Path, capsys):
     [
         (("--pass", "4711"), "pass 4711 is not in the journal"),
         (("--at", "-1d"), "the journal's first pass"),
+        (("--at", "2999-01-01T00:00"), "--at 2999-01-01 00:00:00 is yet to come"),
         (("--at", "soon"), "--at 'soon' is no time"),
         (("--at", "-5m", "--pass", "3"), "--at and --pass name two passes; give one"),
         (("--request", "r", "--pass", "3"), "--request stands alone"),

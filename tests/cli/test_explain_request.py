@@ -115,6 +115,11 @@ def test_all_choices_of_an_http_request_are_told(log: Path, capsys):
     assert [line.split()[1] for line in told(capsys, "http-1") if line.startswith("Request ")] == ["r-1", "r-2"]
 
 
+def test_id_of_an_answer_finds_all_its_choices(log: Path, capsys):
+    write(log / "requests-a.jsonl", record("cmpl-4f-0"), record("cmpl-4f-1"), record("cmpl-4f0-0"))
+    assert [line.split()[1] for line in told(capsys, "cmpl-4f") if line.startswith("Request ")] == ["cmpl-4f-0", "cmpl-4f-1"]
+
+
 def test_request_that_was_never_routed_says_why(log: Path, capsys):
     write(log / "requests-a.jsonl", record("r-1", route=None, outcome="rejected", error="queue is full", replicas=(), attempts=0))
     lines = told(capsys, "r-1")

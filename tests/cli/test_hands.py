@@ -104,6 +104,10 @@ def test_what_is_taken_back_is_said_and_so_is_what_was_not_in_force(fleet, capsy
         (("uncordon", "x"), "x is no node of fleet demo"),
         (("pin", "decode", "1"), "2 groups of fleet demo are of role decode: m/decode/h100, big/decode/l4; name one"),
         (("pin", "m/decod/h100", "1"), "m/decod/h100 is no group or role of fleet demo; near it are m/decode/h100"),
+        (
+            ("pin", "m/decode/h100", "1000000000000000000000"),
+            "1000000000000000000000 replicas are above 10000, the most that a fleet",
+        ),
         (("unpin", "cache"), "cache is no group or role of fleet demo; its groups are m/prefill/h100, m/decode/h100"),
         (("pause", "--for", "8d"), "--for 8d is not above 0 and at most 7 d"),
         (("pause", "--for", "0s"), "--for 0s is not above 0"),

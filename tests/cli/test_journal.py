@@ -10,7 +10,7 @@ import pytest
 
 from cli import journal as command
 from cli.main import main
-from cluster.actions import Decision, DrainReplica, Reason
+from cluster.actions import Decision, DrainReplica, Reason, StartReplica
 from cluster.fleet import PipelineSpec
 from controller.journal import Entry, Journal
 from controller.pipelines import as_text
@@ -69,6 +69,22 @@ def test_same_advice_in_a_row_is_one_line(tmp_path: Path, capsys):
         (2, "drain a, b and 2 more", 3),
         (3, "drain e", 1),
     ]
+
+
+def test_what_was_only_advised_is_marked_and_each_act_stands_for_itself(tmp_path: Path, capsys):
+    journal = Journal(tmp_path / "j")
+    reason = Reason(text="because")
+    for number, mode in enumerate(("advise", "advise", "act", "act")):
+        start = StartReplica(replica_id=f"d-{number}", group="m/decode/p", node="n0", reason=reason)
+        snapshot = cluster([group()], [steady(1.0)], pass_number=number, now_s=NOW_S + number)
+        journal.write(Entry(epoch=1, pipeline="{}", mode=mode, snapshot=snapshot, decision=Decision(actions=(start,))))
+    assert [(line.number, line.advised, line.times) for line in listed(capsys, tmp_path / "j")] == [
+        (1, True, 2),
+        (2, False, 1),
+        (3, False, 1),
+    ]
+    assert run("list", "--journal", tmp_path / "j") == 0
+    assert "start 1 of m/decode/p (advised, 2 passes)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_nothing_changed_is_said(tmp_path: Path, capsys):

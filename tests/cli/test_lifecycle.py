@@ -9,7 +9,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from cli.down import end_fleet
+from cli.down import down, end_fleet
 from cli.fleet_home import FleetHome, ProcessId, Record, identify
 from cli.local_ray import processes_in, put_away, show_logs
 from cli.status import fetch
@@ -116,6 +116,13 @@ def test_a_fleet_whose_supervisor_was_killed_is_refused_while_its_workers_run(ho
     home.write_record(Record(fleet="one", supervisor=GONE, url="", directory=str(orphan[1])))
     with pytest.raises(InvalidConfig, match="has lost its supervisor, but its workers still run; end it with `mobula down one`"):
         start(config(tmp_path), None, Console(quiet=True))
+
+
+@pytest.mark.parametrize("act", ["up", "down"])
+def test_a_broken_record_is_not_taken_for_a_fleet_that_is_not_there(home, tmp_path, act):
+    home.record_path.write_text('{"garbage')
+    with pytest.raises(InvalidConfig, match=r"record.json is broken: .* put it right, or end them by hand and remove it"):
+        start(config(tmp_path), None, Console(quiet=True)) if act == "up" else down("one")
 
 
 def test_a_broken_keys_file_is_refused_before_anything_starts(home, tmp_path):

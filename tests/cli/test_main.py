@@ -50,6 +50,14 @@ def test_an_unknown_subcommand_is_refused_by_name(capsys):
     assert "fly" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["chaos", "config", "journal", "keys", "model"])
+def test_help_of_a_subcommand_offers_nothing_that_is_the_commands_own(name: str, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    assert "--install-completion" not in capsys.readouterr().out
+
+
 def test_model_init_help_shows_its_presets_without_training(capsys):
     with pytest.raises(SystemExit):
         cli.main(["model", "init", "--help"])

@@ -3,12 +3,16 @@
 from io import StringIO
 
 import msgspec
+import pytest
 from rich.console import Console
 
-from cli.status import screen
+from cli import status as command
+from cli.main import main
+from cli.status import fitted, screen
 from cluster.slo import Slo
 from cluster.snapshot import Hold, Latency
 from controller.status import Change, FleetStatus, GroupStatus, ModelStatus, NodeStatus, ReplicaStatus
+from tests.cli.fake_answerer import FakeAnswerer
 
 READY = ReplicaStatus(
     replica_id="decode-a100-spot-10", group="tiny/decode/a100-spot", role="decode", phase="ready", model="tiny", node="spot-a",
@@ -55,6 +59,39 @@ def test_hands_cost_and_last_decisions_are_told():
     assert "$1.50/h in use of $3.00/h" in text
     assert "pin tiny/decode/a100-spot to 2 by ada until" in text
     assert "start decode-a100-spot-11 on spot-a: 1 do not carry 9.00/s: TPOT" in text
+
+
+def test_figures_of_telemetry_that_is_stale_are_not_shown_as_if_they_were_true():
+    shown = lines(msgspec.structs.replace(STATUS, models=(msgspec.structs.replace(MODEL, age_s=81.0),)))
+    assert "tiny" + 6 * " unknown" in shown
+    assert "telemetry of tiny is 81 s old: its rate and latencies are unknown" in shown
+    never = lines(msgspec.structs.replace(STATUS, models=(msgspec.structs.replace(MODEL, age_s=1.7e9),)))
+    assert "telemetry of tiny is not there yet: its rate and latencies are unknown" in never
+
+
+def test_a_watched_screen_leaves_room_for_the_last_decisions_on_a_small_terminal():
+    many = (*tuple(msgspec.structs.replace(LOST, replica_id=f"a-{n}") for n in range(30)), READY)
+    console = Console(file=StringIO(), width=80, height=40)
+    console.print(fitted(msgspec.structs.replace(STATUS, replicas=many), console))
+    shown = console.file.getvalue().splitlines()
+    assert len(shown) < 40
+    assert any("decode-a100-spot-10" in line for line in shown)
+    assert any("start decode-a100-spot-11" in line for line in shown)
+
+
+def test_watched_in_a_pipe_each_look_is_printed(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def interrupted(_: float) -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    looks: list[int] = []
+    monkeypatch.setenv("MOBULA_HOME", str(tmp_path))
+    monkeypatch.setattr(command.time, "sleep", interrupted)
+    with FakeAnswerer("demo", {"status": lambda _: STATUS}), pytest.raises(SystemExit) as ended:
+        main(["status", "--watch"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.count("demo at http://127.0.0.1:8000: act, pass 77") == 3
 
 
 def test_more_replicas_than_a_screen_holds_are_counted():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.times import clock, duration, moment, spell
+from cli.times import clock, duration, moment, spell, until
 from cluster.errors import InvalidConfig
 
 NOW = datetime.datetime(2026, 3, 14, 15, 9, 26)
@@ -41,6 +41,13 @@ def test_what_is_no_time_is_refused_with_its_flag(text: str):
 def test_what_is_no_duration_is_refused_with_its_flag(text: str):
     with pytest.raises(InvalidConfig, match=r"^--for .* is no duration such as 90s"):
         duration(text, "--for")
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction"), [("3:07:11", 0.999_9), ("2026-03-01T10:00:00Z", 0.999_9), ("2026-03-01T10:00:00.25Z", 0), ("-5m", 0)]
+)
+def test_until_a_second_is_until_its_end(text: str, fraction: float):
+    assert until(text, NOW_S, "--at") == moment(text, NOW_S, "--at") + fraction
 
 
 def test_another_day_is_named():

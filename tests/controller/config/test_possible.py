@@ -31,7 +31,7 @@ def test_relative_paths_start_from_the_file(write):
 REFUSED = {
     "unknown key": ("count: 3", "cuont: 3", "unknown key `replicas[1].cuont`; did you mean count?"),
     "unknown key in a group's pace": ("shape: llama-3.1-8b, accelerator: h100", "shap: x", "`replicas[0].pace.shap`; did you mean shape"),
-    "wrong type": ("count: 3", "count: three", "Expected `int`, got `str` - at `replicas[1].count`"),
+    "wrong type": ("count: 3", "count: three", "replicas[1].count 'three': Expected `int`, got `str`"),
     "count below one": ("count: 3", "count: 0", "replicas[1].count 0 is below 1"),
     "too many replicas": ("count: 3", "count: 10001", "the sum of all max_replicas 10002 is above 10000"),
     "nobody decodes": ("role: decode", "role: prefill", "none decodes model tiny"),
@@ -55,6 +55,10 @@ REFUSED = {
     "a secret that is no text": ("gateway:", "transport: {secret_file: binary}\ngateway:", "/binary cannot be read: 'utf-8' codec"),
     "secret missing": ("gateway:", "transport: {secret_file: none.txt}\ngateway:", "is no file"),
     "no throughput": ("gateway:", "transport: {kv_bytes_per_s: 0}\ngateway:", "kv_bytes_per_s 0.0 is not a finite number above 0"),
+    "a node of a wrong type": ("- {name: b,", "- {name: [b],", "nodes[1].name ['b']: Expected `str`, got `array`"),
+    "a long value of a wrong type": ("count: 3", f"count: {'x' * 99}", f"replicas[1].count '{'x' * 59}...: Expected `int`, got `str`"),
+    "an SLO of a wrong type": ("gateway:", "slo: {gold: {ttft_s: fast}}\ngateway:", "slo[...].ttft_s: Expected `float | null`, got `str`"),
+    "slots beyond any machine": ("{name: a,", "{name: a, slots: 1000000000000000000000000,", "nodes[0].slots 1000000000000000000000000 is above 10000"),
     "model missing": ("path: tiny", "path: ./absent", "absent is no directory"),
     "no router": ("gateway:", "routing: {use: 'policies.policy:Rooter'}\ngateway:", "routing.use 'policies.policy:Rooter' cannot be imported"),
     "unknown setting of the router": ("gateway:", "routing: {settings: {wieght: 1}}\ngateway:", "routing.settings do not fit policies"),
@@ -209,8 +213,19 @@ def test_weights_count_towards_the_memory_of_each_node(write):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_checkpoint_that_lacks_a_file_is_refused_before_anything_starts(write, tmp_path: Path, name: str):
     (tmp_path / "tiny" / name).unlink()
-    with pytest.raises(InvalidConfig, match=f"models: tiny: .*tiny/{name} is missing"):
+    with pytest.raises(InvalidConfig, match=rf"models\[0\].path: .*tiny/{name} is missing"):
         read_fleet(write(GOOD))
+
+
+EMULATED = "\nreplicas: [{role: mixed, engine: emulated, pace: {shape: llama-3.1-8b, accelerator: h100}}]\ngateway: {port: PORT, allow_anonymous: true}\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [("/no/such/model", "/no/such/model is no directory"), ("./junk", "tokenizer.json is missing")]
+)
+def test_a_model_that_only_the_gateway_reads_is_looked_for_too(write, path: str, said: str):
+    with pytest.raises(InvalidConfig, match=rf"models\[0\].path: .*{said}"):
+        read_fleet(write(f"models: [{{name: tiny, path: {path}}}]\nnodes: [{{name: a, accelerator: h100}}]{EMULATED}"))
 
 
 def test_a_truncated_checkpoint_is_refused_before_anything_starts(write, tmp_path: Path):
