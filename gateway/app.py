@@ -55,9 +55,11 @@ def build_app(
     gateway_id: str = "",
     address: str = "",
     push: Push | None = None,
+    first_table_s: float = 0.0,
 ) -> FastAPI:
     """The application; `app.state.gateway` is its Gateway. Raises InvalidConfig or InvalidModel before anything starts.
 
+    first_table_s: so long clients wait at the door until it is known who serves, rather than be told that nobody does.
     push: is told the counters every second, as the instance `address`, own host:port; None tells nobody.
     """
     gateway = Gateway(
@@ -70,6 +72,7 @@ def build_app(
         gateway_id=gateway_id or secrets.token_hex(8),
         address=address,
         push=push,
+        first_table_s=first_table_s,
     )
     app = FastAPI(title="Mobula", version="1", lifespan=gateway.lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
@@ -104,12 +107,13 @@ class Gateway:
         gateway_id: str,
         address: str,
         push: Push | None,
+        first_table_s: float,
     ) -> None:
         if (spec.keys_file is not None) == spec.allow_anonymous:
             raise InvalidConfig("gateway: give either keys_file or allow_anonymous")
         self._spec = spec
         self._metrics = GatewayMetrics(models)
-        self._address, self._push = address, push
+        self._address, self._push, self._first_table_s = address, push, first_table_s
         self._keys = None if spec.keys_file is None else Keyring(spec.keys_file, unreadable=self._metrics.keys_unreadable)
         self._tokenizers: dict[str, ChatTokenizer] = {name: load_tokenizer(model) for name, model in models.items()}
         self._slos = slos
@@ -133,6 +137,7 @@ class Gateway:
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self.dispatcher = self._make_dispatcher()
         self.dispatcher.start()
+        await self.dispatcher.first_table(self._first_table_s)
         pushing = None
         if self._push is not None:
             pushing = asyncio.create_task(push_samples(functools.partial(self._metrics.samples, self._address), self._push))

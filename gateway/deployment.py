@@ -33,6 +33,7 @@ from transports.grpc import GrpcTransport
 from transports.transport import Credential
 
 HEAD_NODE = "node:__internal_head__"  # A resource that Ray gives to the node of its head.
+FIRST_TABLE_S = 5.0  # A controller answers within milliseconds; one that restarts, within three seconds.
 START_S = 60.0  # The router's compilation, on a machine that never ran it, is most of it.
 
 
@@ -137,4 +138,5 @@ def _application(fleet: Fleet, secret: str, address: str) -> FastAPI:
         slos=fleet.slo,
         address=address,
         push=_pusher(namespace_of(fleet.name), address),
+        first_table_s=FIRST_TABLE_S,
     )

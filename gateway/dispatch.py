@@ -88,6 +88,7 @@ class Dispatcher:
         request_log: RequestLog | None = None,
     ) -> None:
         self._membership = membership
+        self._adopted = asyncio.Event()
         self._router = router
         self._spec = spec
         self._slos = slos
@@ -107,6 +108,12 @@ class Dispatcher:
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._follow_membership()), asyncio.create_task(self._tick())]
+
+    async def first_table(self, bound_s: float) -> None:
+        """Until it is known who serves, or so many seconds later."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(bound_s):
+                await self._adopted.wait()
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -430,6 +437,7 @@ class Dispatcher:
         async for membership in self._membership:
             try:
                 self._adopt(membership)
+                self._adopted.set()
             except Exception:  # The next table may go better, and must not be missed.
                 logger.exception("table %d was not wholly taken over", membership.version)
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks.burst import to_slo_s
+from benchmarks.burst_virtual import to_slo_s
 from benchmarks.closed_loop import ClosedLoop, Count, Ended, PipelineScaler, QueueRule, Setting
 
 

@@ -1,6 +1,6 @@
 """How a burst is judged."""
 
-from benchmarks.burst_live import BIN_S, to_slo_s
+from benchmarks.burst import BIN_S, to_slo_s
 
 GOOD, BAD = [True] * 40, [True] * 30 + [False] * 10
 
