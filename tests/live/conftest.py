@@ -95,9 +95,9 @@ def model_dir() -> Path:
     return ensure("tiny-dense", steps=60)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def start_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveFleet]]:
-    """Starts fleets, and ends every one of them and its processes at the end of the session."""
+    """Starts fleets, and ends every one of them and its processes after the module's tests."""
     started: list[tuple[str, Path]] = []
 
     def start(name: str, config: dict) -> LiveFleet:
