@@ -18,10 +18,10 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="no `prometheus` on the PATH: apt-get install prometheus"),
 ]
 
-LOAD = "gamma:rate=12,burstiness=50,minutes=0.75,prompt=fixed(200),output=fixed(60)"
+LOAD = "gamma:rate=20,burstiness=50,minutes=0.75,prompt=fixed(200),output=fixed(60)"
 PACE = {"shape": "llama-3.1-8b", "accelerator": "h100"}
-NEEDED = 3
-"""Decode replicas for that load: each holds at most 4 requests of about half a second."""
+NEEDED = 4
+"""Replicas of which each holds at most 4 requests of about half a second: as many as the fleet may have, and fewer than it could use."""
 LAG_PASSES = 6  # A scrape interval, Prometheus' next answer, and the noise of two runs.
 SCALED_S = 60
 
@@ -32,7 +32,7 @@ def fleets(start_fleet: Callable[..., LiveFleet], model_dir: Path) -> dict[str, 
     config = {
         "models": [{"name": "tiny", "path": str(model_dir)}],
         "nodes": [{"name": "a"}],
-        "replicas": [{**group, "role": "mixed", "min_replicas": 1, "max_replicas": 8}],
+        "replicas": [{**group, "role": "mixed", "min_replicas": 1, "max_replicas": 4}],
     }
     return {
         "window": start_fleet("window", config),
