@@ -393,8 +393,8 @@ def _progress(text: str) -> None:
 
 
 def _print(measured: Mapping[int, Passes], found: Mapping[str, float]) -> None:
-    table = Table(title="One pass of the controller, ms")
-    for column in ("replicas", "P50", "bound", "P99", "CPU", "observe", "decide", "journal", "MB/day"):
+    table = Table(title="One pass of the controller, by replicas, ms")
+    for column in ("fleet", "P50", "bound", "P99", "CPU", "observe", "decide", "journal", "MB/day"):
         table.add_column(column, justify="right")
     for size in measured:
         bar = f"{BARS_MS[size]:.0f}" if size in BARS_MS else ""
