@@ -83,7 +83,7 @@ def encode(snapshot: ClusterSnapshot, before: ClusterSnapshot | None = None) -> 
         workloads=tuple(_slide(workload, before) for workload in snapshot.workloads),
         gone=tuple(name for name in old if name not in new),
         rows=tuple(_bare(replica) for name, replica in new.items() if name not in old or _facts(old[name]) != _facts(replica)),
-        columns=_columns(snapshot.replicas, old),
+        columns=_columns(snapshot.replicas, old, snapshot.now_s),
     )
     return zlib.compress(msgspec.msgpack.encode(delta), COMPRESSION)
 
@@ -106,7 +106,7 @@ def decode(frame: bytes, before: ClusterSnapshot | None = None) -> ClusterSnapsh
         pass_number=delta.pass_number,
         next_replica=delta.next_replica,
         workloads=tuple(_slid(slide, before) for slide in delta.workloads),
-        replicas=_with_loads(bare, delta.columns, old),
+        replicas=_with_loads(bare, delta.columns, old, delta.now_s),
         **changed,
     )
 
@@ -150,9 +150,10 @@ def _demand(workload: Workload | None) -> dict[str, np.ndarray]:
     return {field: np.array([getattr(bucket, field) for bucket in buckets], np.float64) for field in BUCKET_DECIMALS}
 
 
-def _columns(replicas: Sequence[ReplicaState], old: Mapping[str, ReplicaState]) -> dict[str, bytes]:
+def _columns(replicas: Sequence[ReplicaState], old: Mapping[str, ReplicaState], now_s: float) -> dict[str, bytes]:
     """One array for each field of the loads, less what it was; who has no load counts as all zeros, and is told by `heard`."""
     now, before = _table(replicas), _table([old.get(replica.replica_id) for replica in replicas])
+    before["load_age_s"] = now_s - now["at_s"]  # But for unequal clocks and the way here.
     columns = {"heard": np.packbits(np.array([replica.load is not None for replica in replicas], bool)).tobytes()}
     columns |= {field: _difference(now[field] - before[field]) for field in (*_COUNTS, "phase")}
     columns |= {field: _decimals(now[field], before[field], digits) for field, digits in DECIMALS.items()}
@@ -160,13 +161,16 @@ def _columns(replicas: Sequence[ReplicaState], old: Mapping[str, ReplicaState]) 
 
 
 def _with_loads(
-    bare: Sequence[ReplicaState], columns: Mapping[str, bytes], old: Mapping[str, ReplicaState]
+    bare: Sequence[ReplicaState], columns: Mapping[str, bytes], old: Mapping[str, ReplicaState], now_s: float
 ) -> tuple[ReplicaState, ...]:
     before = _table([old.get(replica.replica_id) for replica in bare])
     heard = np.unpackbits(np.frombuffer(columns["heard"], np.uint8), count=len(bare))
     counts = {field: before[field] + _undifferenced(columns[field], len(bare)) for field in _COUNTS}
     phases = before["phase"] + _undifferenced(columns["phase"], len(bare))
-    figures = {field: _undecimals(columns[field], before[field], digits) for field, digits in DECIMALS.items()}
+    figures: dict[str, np.ndarray] = {}
+    for field, digits in DECIMALS.items():
+        before["load_age_s"] = now_s - figures.get("at_s", before["at_s"])
+        figures[field] = _undecimals(columns[field], before[field], digits)
 
     def whole(index: int, replica: ReplicaState) -> ReplicaState:
         if not heard[index]:
