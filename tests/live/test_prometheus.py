@@ -21,7 +21,7 @@ pytestmark = [
 LOAD = "gamma:rate=20,burstiness=50,minutes=0.75,prompt=fixed(200),output=fixed(60)"
 PACE = {"shape": "llama-3.1-8b", "accelerator": "h100"}
 NEEDED = 4
-"""Replicas of which each holds at most 4 requests of about half a second: as many as the fleet may have, and fewer than it could use."""
+"""As many as the fleet may have, and fewer than it could use: each holds at most 4 requests of about half a second."""
 LAG_PASSES = 6  # A scrape interval, Prometheus' next answer, and the noise of two runs.
 SCALED_S = 60
 
