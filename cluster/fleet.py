@@ -107,7 +107,7 @@ class GatewaySpec(_Spec, frozen=True, kw_only=True):
     queue_timeout_s: float = 30.0
     """A request that waited so long gets 429."""
     max_attempts: int = 4
-    """Replicas tried for one request, the first included."""
+    """Replicas tried for one request in a row, each without a further token; the first included."""
     silence_s: float = 2.0
     """A worker from which nothing came for so long is taken for hung: ten load reports missed."""
     request_log: str | None = None

@@ -319,6 +319,7 @@ class Dispatcher:
         self._view.charge(generation.ask, attempt, route, now_s)
         generation.attempt, generation.route, generation.worker_id = attempt, route, replica.worker_id
         generation.tried.append(replica.replica_id)
+        generation.sent_tokens = len(generation.generated)
         if not generation.generated:
             generation.sent_s = now_s
         self._running[generation.request.request_id] = generation
@@ -328,10 +329,11 @@ class Dispatcher:
         """Give up the present attempt and wait for another replica."""
         failed = generation.tried[-1]
         self._withdraw(generation)
-        if generation.attempt + 1 >= self._spec.max_attempts:
-            message = (
-                f"{generation.attempt + 1} attempts failed, as many as may: {', '.join(generation.tried)}; the last was {cause}"
-            )
+        advanced = len(generation.generated) > generation.sent_tokens
+        generation.vain = 1 if advanced else generation.vain + 1
+        if generation.vain >= self._spec.max_attempts:
+            tried = generation.tried[-generation.vain :]
+            message = f"{generation.vain} attempts failed, as many as may: {', '.join(tried)}; the last was {cause}"
             self._fail(generation, Unreachable(message))
             return
         self._metrics.retried(generation.request.model, cause)

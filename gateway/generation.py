@@ -39,8 +39,10 @@ class Generation:
         "request",
         "route",
         "sent_s",
+        "sent_tokens",
         "times",
         "tried",
+        "vain",
         "wake",
         "worker_id",
     )
@@ -73,11 +75,15 @@ class Generation:
         self.worker_id = ""
         """Of the worker that decodes it now; empty while it waits."""
         self.tried: list[str] = []
+        self.vain = 0
+        """Attempts that failed since one gave a token, that one included."""
         self.excluded: frozenset[str] = frozenset()
         self.done = False
         self.failure: MobulaError | None = None
         self.queued_s = request.arrival_s
         self.sent_s: float | None = None
+        self.sent_tokens = 0
+        """Generated when the present attempt began."""
         self.first_s: float | None = None
         self.last_s: float | None = None
         self.times: tuple[float, float, float] | None = None

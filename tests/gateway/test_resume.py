@@ -128,6 +128,22 @@ async def test_attempts_are_bounded_and_the_error_names_what_was_tried(model_dir
     assert caught.value.status_code == 503
 
 
+async def test_attempts_that_advance_the_stream_are_not_counted(model_dir):
+    fleet, faulty = FakeFleet("a", "b"), {3, 6, 9, 12}
+
+    def fail_once(worker, submit, index):
+        if index not in faulty:
+            return False
+        faulty.discard(index)
+        return _fail(worker, submit, index)
+
+    for worker in fleet.workers.values():
+        worker.fault = fail_once
+    async with serving(model_dir, fleet, max_attempts=2) as served:
+        assert await text_of(served) == expected(ids("hello"), 4, TOKENS)
+    assert not faulty
+
+
 async def test_a_stream_that_cannot_go_on_ends_in_an_error_event(model_dir):
     fleet = FakeFleet("a")
     fleet.workers["a"].fault = lambda worker, submit, index: index == 3 and _fail(worker, submit, index)

@@ -178,6 +178,7 @@ def test_down_leaves_no_process_and_no_file(home):
     assert [process for process in below if process.is_running()] == []
     assert not directory.exists()
     assert sorted(path.name for path in home.path.iterdir()) == [
+        "epoch",
         "fleet.json",
         "http_port",
         "journal.sqlite",
