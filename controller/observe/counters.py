@@ -26,8 +26,8 @@ class Series(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     labels: Mapping[str, str] = {}
-    times_s: tuple[float, ...]
-    values: tuple[float, ...]
+    times_s: Sequence[float]
+    values: Sequence[float]
 
 
 def covered_until_s(series: Iterable[Series]) -> float:

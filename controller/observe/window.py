@@ -63,4 +63,4 @@ class Window:
     def _within(self, name: str, labels: Labels, now_s: float) -> Series:
         samples = self._series[name, labels]
         part = slice(bisect_left(samples.times_s, now_s - self._span_s), bisect_right(samples.times_s, now_s))
-        return Series(name=name, labels=dict(labels), times_s=tuple(samples.times_s[part]), values=tuple(samples.values[part]))
+        return Series(name=name, labels=dict(labels), times_s=samples.times_s[part], values=samples.values[part])
