@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from cluster.errors import InvalidConfig
 
-SIBLING_S = 5.0  # A replica that began to listen a moment ago has told the registry by then.
+SIBLING_S = 15.0  # A replica that began to listen a moment ago has told the controller by then, on a busy machine too.
 RETRY_S = 0.1
 
 
