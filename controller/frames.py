@@ -47,8 +47,6 @@ class _Slide(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     kept: int
     """Of the last one's buckets, its newest."""
-    factors: dict[str, float]
-    """What the kept ones are times as much as they were, by field: means of late are taken for the past as well."""
     columns: dict[str, bytes]
 
 
@@ -121,27 +119,22 @@ def _slide(workload: Workload, before: ClusterSnapshot) -> _Slide:
     old, now = _demand(last), _demand(workload)
     counts, had = now["requests"].tolist(), old["requests"].tolist()
     kept = next((count for count in range(min(len(had), len(counts)), 0, -1) if had[-count:] == counts[:count]), 0)
-    was = {field: values[len(values) - kept :] for field, values in old.items()}
-    factors = {field: float(now[field][:kept].sum() / values.sum()) for field, values in was.items() if values.sum() > 0.0}
-    predicted = _predicted(old, kept, len(counts), factors)
+    predicted = _predicted(old, kept, len(counts))
     columns = {field: _decimals(now[field], predicted[field], digits) for field, digits in BUCKET_DECIMALS.items()}
     bare = _set(workload, buckets=())
-    return _Slide(workload=bare, count=len(counts), kept=kept, factors=factors, columns=columns)
+    return _Slide(workload=bare, count=len(counts), kept=kept, columns=columns)
 
 
 def _slid(slide: _Slide, before: ClusterSnapshot) -> Workload:
     old = _demand(before.workload_by_model.get(slide.workload.model))
-    predicted = _predicted(old, slide.kept, slide.count, slide.factors)
+    predicted = _predicted(old, slide.kept, slide.count)
     columns = [_undecimals(slide.columns[field], predicted[field], digits).tolist() for field, digits in BUCKET_DECIMALS.items()]
     buckets = (Demand(**dict(zip(BUCKET_DECIMALS, row, strict=True))) for row in zip(*columns, strict=True))
     return _set(slide.workload, buckets=tuple(buckets))
 
 
-def _predicted(old: Mapping[str, np.ndarray], kept: int, count: int, factors: Mapping[str, float]) -> dict[str, np.ndarray]:
-    return {
-        field: np.concatenate((values[len(values) - kept :] * factors.get(field, 1.0), np.zeros(count - kept)))
-        for field, values in old.items()
-    }
+def _predicted(old: Mapping[str, np.ndarray], kept: int, count: int) -> dict[str, np.ndarray]:
+    return {field: np.concatenate((values[len(values) - kept :], np.zeros(count - kept))) for field, values in old.items()}
 
 
 def _demand(workload: Workload | None) -> dict[str, np.ndarray]:

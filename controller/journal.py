@@ -20,7 +20,7 @@ from cluster.errors import InvalidTrace
 from cluster.snapshot import ClusterSnapshot
 from controller.frames import decode, encode
 
-SCHEMA = 1  # Rises when a field's meaning changes or one goes; other journals are refused.
+SCHEMA = 2  # Rises when a field's meaning changes or one goes; other journals are refused.
 KEYFRAME_EVERY = 60  # Reading one pass decodes at most so many frames.
 MAX_BYTES = 2 * 2**30  # Two days and more of a thousand replicas; the oldest passes go first.
 PRUNE_EVERY = 600  # Passes.

@@ -11,20 +11,7 @@ import numpy as np
 import xxhash
 
 from cluster.fleet import Fleet, NodeSpec, ReplicaGroup
-from cluster.metrics import (
-    ARRIVALS,
-    ARRIVED_TOKENS,
-    ARRIVED_TOKENS_SQUARED,
-    CACHED_TOKENS,
-    DEMAND_NAMES,
-    IN_FLIGHT,
-    OUTPUT_TOKENS,
-    PROMPT_TOKENS,
-    QUEUED,
-    REQUESTS,
-    TPOT,
-    TTFT,
-)
+from cluster.metrics import ARRIVALS, DEMAND_NAMES, IN_FLIGHT, QUEUED, TPOT, TTFT
 from cluster.node import Node
 from cluster.performance import PerformanceModel
 from cluster.placement import group_name, group_of, limits_of, slots_of
@@ -32,7 +19,7 @@ from cluster.replica import Load, Phase, Replica, Role
 from cluster.slo import Slo
 from cluster.snapshot import ClusterSnapshot, Group, ReplicaState, Workload
 from controller.memory import GroupMemory, Memory
-from controller.observe.counters import LATE_S, Series, covered_until_s, demand, latency, rise, share_within
+from controller.observe.counters import LATE_S, Series, Telemetry, covered_until_s, demand, latency, share_within
 from policies.flow import LATENCY_SPAN_S
 from workers.build_engine import performance_of
 
@@ -40,8 +27,6 @@ BUCKET_S = 1.0  # A burst shows in the bucket after it, and counts of a second a
 BUCKETS = 300
 MAX_FIGURE = 1e12  # Of a load report: above any watts or Unix time, and exact to the digits that are kept.
 SPAN_S = BUCKETS * BUCKET_S + LATENCY_SPAN_S
-
-Telemetry = Mapping[str, Sequence[Series]]
 
 
 class Heard(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -259,12 +244,6 @@ def _workload(model: str, slo: Slo, telemetry: Telemetry, now_s: float) -> Workl
     count = min(BUCKETS, max(0, math.floor((last_s - first_s) / BUCKET_S)))
     edges_s = np.linspace(last_s - count * BUCKET_S, last_s, count + 1)
 
-    def total(name: str) -> float:
-        return rise(mine[name], last_s - BUCKETS * BUCKET_S, last_s)
-
-    ended, prompts = total(REQUESTS), total(PROMPT_TOKENS)
-    cached_share = round(min(1.0, total(CACHED_TOKENS) / prompts), 3) if prompts else 0.0
-    output_tokens = round(total(OUTPUT_TOKENS) / ended, 1) if ended else 0.0
     ttft, tpot = _histogram(mine[TTFT]), _histogram(mine[TPOT])
     recent_s = last_s - LATENCY_SPAN_S
     attained = [
@@ -276,7 +255,7 @@ def _workload(model: str, slo: Slo, telemetry: Telemetry, now_s: float) -> Workl
         model=model,
         slo=slo,
         bucket_s=BUCKET_S,
-        buckets=demand(mine[ARRIVALS], mine[ARRIVED_TOKENS], mine[ARRIVED_TOKENS_SQUARED], edges_s, cached_share, output_tokens),
+        buckets=demand(mine, edges_s),
         age_s=round(now_s - last_s, 1),
         queued=_latest(mine[QUEUED], until_s),
         in_flight=_latest(mine[IN_FLIGHT], until_s),

@@ -16,8 +16,19 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 import numpy as np
 
+from cluster.metrics import (
+    ARRIVALS,
+    ARRIVED_TOKENS,
+    ARRIVED_TOKENS_SQUARED,
+    CACHED_TOKENS,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    REQUESTS,
+)
 from cluster.snapshot import Demand, Latency
 
+ANSWERS = 100  # Their mean length is within a tenth or two of the true one, and so many have ended soon after the mix has turned.
+_DEMAND = (ARRIVALS, ARRIVED_TOKENS, ARRIVED_TOKENS_SQUARED, PROMPT_TOKENS, CACHED_TOKENS, OUTPUT_TOKENS, REQUESTS)
 LATE_S = 3.0  # A series whose last sample is so much older than the newest one's has ended, and adds nothing after it.
 
 
@@ -28,6 +39,9 @@ class Series(msgspec.Struct, frozen=True, kw_only=True):
     labels: Mapping[str, str] = {}
     times_s: Sequence[float]
     values: Sequence[float]
+
+
+Telemetry = Mapping[str, Sequence[Series]]
 
 
 def covered_until_s(series: Iterable[Series]) -> float:
@@ -76,31 +90,46 @@ def _at(time_s: float, times_s: Sequence[float], whole: Sequence[float]) -> floa
     return whole[after - 1] + share * (whole[after] - whole[after - 1])
 
 
-def demand(
-    arrivals: Sequence[Series],
-    prompt_tokens: Sequence[Series],
-    prompt_tokens_squared: Sequence[Series],
-    edges_s: np.ndarray,
-    cached_share: float,
-    output_tokens: float,
-) -> tuple[Demand, ...]:
+def demand(series: Telemetry, edges_s: np.ndarray) -> tuple[Demand, ...]:
     """One bucket between each two edges.
 
-    cached_share: of prompt tokens, found in caches of late. output_tokens: a request's mean of late. Both are known only of
-    requests that have ended, and are taken for those that arrive.
+    How long answers are and how much of prompts is cached is known only of requests that have ended: what arrives in a bucket is
+    taken to be like those that ended up to it (see `_like`).
     """
-    requests, tokens, squares = (risen(series, edges_s) for series in (arrivals, prompt_tokens, prompt_tokens_squared))
+    rose = {name: risen(series.get(name, ()), edges_s) for name in _DEMAND}
+    like = _like(rose[REQUESTS])
+    output_tokens = rose[ARRIVALS] * _ratio(rose[OUTPUT_TOKENS], rose[REQUESTS], like)
+    cached_share = np.minimum(_ratio(rose[CACHED_TOKENS], rose[PROMPT_TOKENS], like), 1.0)
     computed = 1.0 - cached_share
-    return tuple(
-        Demand(
-            requests=round(float(count), 3),
-            prompt_tokens=round(float(total) * computed, 1),
-            prompt_tokens_squared=round(float(square) * computed * computed, 1),
-            cached_tokens=round(float(total) * cached_share, 1),
-            output_tokens=round(float(count) * output_tokens, 1),
-        )
-        for count, total, square in zip(requests, tokens, squares, strict=True)
-    )
+    columns = {
+        "requests": np.round(rose[ARRIVALS], 3),
+        "prompt_tokens": np.round(rose[ARRIVED_TOKENS] * computed, 1),
+        "prompt_tokens_squared": np.round(rose[ARRIVED_TOKENS_SQUARED] * computed * computed, 1),
+        "cached_tokens": np.round(rose[ARRIVED_TOKENS] * cached_share, 1),
+        "output_tokens": np.round(output_tokens, 1),
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return tuple(Demand(**dict(zip(columns, row, strict=True))) for row in rows)
+
+
+def _like(ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each bucket, the first bucket and the one after the last of those whose ended requests tell of it.
+
+    The last `ANSWERS` up to the bucket, or the first ones of all where it has fewer before it. Both int64 [buckets].
+    """
+    total = np.concatenate(([0.0], np.cumsum(ended)))
+    ends = np.arange(1, len(total))
+    ends = np.minimum(np.maximum(ends, np.searchsorted(total, ANSWERS)), len(ended))
+    starts = np.searchsorted(total, total[ends] - ANSWERS, side="right") - 1
+    return np.maximum(starts, 0), ends
+
+
+def _ratio(of: np.ndarray, to: np.ndarray, spans: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """One sum over another, for each span; 0 where the second is. float64 [spans]."""
+    above, below = (np.concatenate(([0.0], np.cumsum(rose))) for rose in (of, to))
+    starts, ends = spans
+    whole = below[ends] - below[starts]
+    return np.divide(above[ends] - above[starts], whole, out=np.zeros(len(ends)), where=whole > 0.0)
 
 
 def latency(buckets: Mapping[float, Sequence[Series]], start_s: float, end_s: float) -> Latency | None:

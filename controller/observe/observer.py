@@ -8,7 +8,8 @@ from cluster.fleet import Fleet
 from cluster.snapshot import ClusterSnapshot
 from controller.act.orders import Orders
 from controller.memory import Memory
-from controller.observe.assemble import Seen, Telemetry, assemble
+from controller.observe.assemble import Seen, assemble
+from controller.observe.counters import Telemetry
 from controller.observe.machines import Machines
 from controller.observe.watch import Loss, Watch
 from controller.registry import Registry

@@ -8,6 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.metrics import (
+    ARRIVALS,
+    ARRIVED_TOKENS,
+    ARRIVED_TOKENS_SQUARED,
+    CACHED_TOKENS,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    REQUESTS,
+)
+from cluster.snapshot import Demand
 from controller.observe.counters import Series, covered_until_s, demand, latency, risen, share_within
 
 
@@ -47,12 +57,66 @@ def test_gateways_add_up_and_one_that_ended_makes_nothing_stale():
     assert risen([live, ended], edges(0, 50, 100)).tolist() == [550.0, 50.0]
 
 
+def telemetry(**samples: list[tuple[float, float]]) -> dict[str, list[Series]]:
+    return {name: [series(*samples[key])] for key, name in NAMES.items() if key in samples}
+
+
+NAMES = {
+    "arrivals": ARRIVALS,
+    "tokens": ARRIVED_TOKENS,
+    "squares": ARRIVED_TOKENS_SQUARED,
+    "prompts": PROMPT_TOKENS,
+    "cached": CACHED_TOKENS,
+    "outputs": OUTPUT_TOKENS,
+    "ended": REQUESTS,
+}
+
+
 def test_cached_part_of_prompts_is_told_apart():
     (bucket,) = demand(
-        [series((0, 0), (5, 10))], [series((0, 0), (5, 1000))], [series((0, 0), (5, 200_000))], edges(0, 5), 0.25, 40.0
+        telemetry(
+            arrivals=[(0, 0), (5, 10)],
+            tokens=[(0, 0), (5, 1000)],
+            squares=[(0, 0), (5, 200_000)],
+            prompts=[(0, 0), (5, 800)],
+            cached=[(0, 0), (5, 200)],
+            ended=[(0, 0), (5, 8)],
+            outputs=[(0, 0), (5, 320)],
+        ),
+        edges(0, 5),
     )
     assert (bucket.requests, bucket.prompt_tokens, bucket.cached_tokens, bucket.output_tokens) == (10.0, 750.0, 250.0, 400.0)
     assert bucket.prompt_tokens_squared == 112_500.0
+
+
+def turned(rate_rps: float, seconds: int, before: float, after: float) -> list[Demand]:
+    """Buckets of a second each, from requests that end as they come; halfway their answers' length changes."""
+    times = range(2 * seconds + 1)
+    known = telemetry(
+        arrivals=[(time, rate_rps * time) for time in times],
+        ended=[(time, rate_rps * time) for time in times],
+        outputs=[(time, rate_rps * (before * min(time, seconds) + after * max(0, time - seconds))) for time in times],
+    )
+    return list(demand(known, np.arange(2.0 * seconds + 1)))
+
+
+def test_new_length_of_answers_is_known_after_a_hundred_of_them_and_the_old_one_is_kept_for_the_past():
+    tokens = [bucket.output_tokens / bucket.requests for bucket in turned(10.0, 30, 40.0, 5.0)]
+    assert set(tokens[:30]) == {40.0}
+    assert tokens[30:40] == sorted(tokens[30:40], reverse=True)
+    assert set(tokens[39:]) == {5.0}
+
+
+def test_fewer_than_a_hundred_answers_tell_of_all_that_arrived():
+    tokens = {round(bucket.output_tokens / bucket.requests, 6) for bucket in turned(1.0, 30, 40.0, 5.0)}
+    assert tokens == {22.5}
+
+
+@given(st.floats(0.1, 50.0), st.integers(1, 90), st.floats(1.0, 500.0), st.floats(1.0, 500.0))
+def test_expected_answers_are_never_outside_those_that_ended(rate_rps, seconds, before, after):
+    for bucket in turned(rate_rps, seconds, before, after):
+        low, high = (rate_rps * tokens for tokens in sorted((before, after)))
+        assert low - 0.06 <= bucket.output_tokens <= high + 0.06
 
 
 BOUNDS = (0.01, 0.1, 1.0, 10.0, math.inf)

@@ -130,7 +130,10 @@ def prompt(number: int) -> tuple[int, ...]:
 
 
 class Stream:
-    """One client: asks one gateway, and the shared port again if that one dies."""
+    """One client: asks one gateway, and the shared port again if that one dies, as often and as late as the `openai` client does.
+
+    Twice because a listening socket outlives by a moment the streams of a process that is killed, and resets who comes then.
+    """
 
     def __init__(self, fleet: LiveFleet, gateway: str, number: int) -> None:
         self.fleet, self.gateway, self.number = fleet, gateway, number
@@ -138,11 +141,14 @@ class Stream:
         self.retried = False
 
     async def text(self, session: aiohttp.ClientSession) -> str:
-        try:
-            return await self._once(session, self.gateway)
-        except (aiohttp.ClientError, ConnectionError):
-            self.retried = True
-            return await self._once(session, self.fleet.url)
+        url = self.gateway
+        for pause_s in (0.5, 1.0):
+            try:
+                return await self._once(session, url)
+            except (aiohttp.ClientError, ConnectionError):
+                self.retried, url = True, self.fleet.url
+                await asyncio.sleep(pause_s)
+        return await self._once(session, url)
 
     async def _once(self, session: aiohttp.ClientSession, url: str) -> str:
         body = {
