@@ -9,6 +9,7 @@ import msgspec
 from cluster.kv import BLOCK_TOKENS
 from cluster.node import Market
 from cluster.replica import Role
+from cluster.schedule import Schedule
 from cluster.slo import Slo
 
 
@@ -66,6 +67,8 @@ class ReplicaGroup(_Spec, frozen=True, kw_only=True):
     """The controller never goes below; None is `count`."""
     max_replicas: int | None = None
     """The controller never goes above; None is `count`."""
+    schedules: tuple[Schedule, ...] = ()
+    """Narrower limits for parts of the week. One later in the list goes before an earlier one."""
     startup_s: float = 60.0
     """Start to READY, believed until one was measured: a minute loads 8B weights from a local disk."""
     start_timeout_s: float = 900.0

@@ -27,9 +27,19 @@ def group_of(fleet: Fleet, spec: ReplicaGroup) -> str:
 
 
 def limits_of(spec: ReplicaGroup) -> tuple[int, int]:
-    """Least and most replicas of a group."""
+    """Least and most replicas that a group may ever have."""
     low, high = spec.min_replicas, spec.max_replicas
     return spec.count if low is None else low, spec.count if high is None else high
+
+
+def limits_at(spec: ReplicaGroup, now_s: float) -> tuple[int, int]:
+    """Least and most at a Unix time, schedules included. Where two that overlap leave no number, the least holds."""
+    low, high = limits_of(spec)
+    for schedule in spec.schedules:
+        if schedule.covers(now_s):
+            low = low if schedule.min_replicas is None else schedule.min_replicas
+            high = high if schedule.max_replicas is None else schedule.max_replicas
+    return low, max(low, high)
 
 
 def slots_of(fleet: Fleet, node: NodeSpec) -> int:

@@ -14,7 +14,7 @@ from controller.config import effective
 
 LIVE = re.compile(
     r"control(?!\.http_port\b)\b.*"
-    r"|replicas\[\d+\]\.(count|min_replicas|max_replicas|startup_s|start_timeout_s)"
+    r"|replicas\[\d+\]\.(count|min_replicas|max_replicas|schedules.*|startup_s|start_timeout_s)"
     r"|nodes\[\d+\]\.(slots|price_usd_per_hour|zone|power_domain|market)"
 )
 """Paths of what the controller alone goes by, and reads anew in each pass. All else is in processes that are started with it.

@@ -13,12 +13,12 @@ from functools import partial
 import msgspec
 
 from cluster.actions import Action, ChangeRole, Reason, ScaleRole
+from cluster.ranges import at_least
 from cluster.replica import Phase, Role
 from cluster.snapshot import ClusterSnapshot, Group, ReplicaState, Workload
 from policies import levers
 from policies.expansion import removal_order
 from policies.flow import Flow, Window, fallen, reaches_back, risen
-from policies.ranges import at_least
 from policies.sizing import Bounds, decode_fits, measured, prefill_fits, smallest
 
 

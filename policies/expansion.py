@@ -14,9 +14,9 @@ import msgspec
 
 from cluster.actions import Action, DrainReplica, Dropped, ScaleRole, StartReplica
 from cluster.node import Market
+from cluster.ranges import at_least
 from cluster.replica import Phase
 from cluster.snapshot import ClusterSnapshot, FailedStart, Group, ReplicaState
-from policies.ranges import at_least
 
 _SERVES_LATER = {Phase.STARTING: 0, Phase.WARMING: 1}
 

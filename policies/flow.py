@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from cluster.ranges import at_least, positive
 from cluster.snapshot import Demand, Workload
-from policies.ranges import at_least, positive
 
 
 class Flow(msgspec.Struct, frozen=True, kw_only=True):

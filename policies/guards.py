@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from cluster.actions import Action, ChangeRole, DrainReplica, Dropped, ScaleRole
+from cluster.ranges import at_least, positive, share
 from cluster.replica import Phase
 from cluster.snapshot import ClusterSnapshot, Group, ReplicaState
 from policies.policy import Verdict
-from policies.ranges import at_least, positive, share
 
 
 class Paused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import msgspec
 
 from cluster.actions import Action, DrainReplica, Reason, ScaleRole
+from cluster.ranges import at_least
 from cluster.snapshot import ClusterSnapshot
-from policies.ranges import at_least
 
 
 class Hands(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

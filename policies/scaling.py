@@ -6,58 +6,17 @@ upper bound and a margin more, must fit on fewer; to go up, a lower bound must n
 
 from __future__ import annotations
 
-import datetime
-import re
-import zoneinfo
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from cluster.actions import Action, Reason, ScaleRole
+from cluster.ranges import at_least, positive, share
 from cluster.snapshot import ClusterSnapshot, Group, Workload
 from policies import levers
 from policies.flow import Flow, Window, fallen, missed, reaches_back, risen
-from policies.ranges import at_least, positive, share
 from policies.shares import fits_of, shares
 from policies.sizing import Bounds, smallest
-
-
-class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Other limits for a part of the week."""
-
-    group: str
-    days: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)
-    """Monday is 0."""
-    start: str
-    """HH:MM on the wall clock of `timezone`."""
-    end: str
-    """HH:MM, at most 24:00; before `start` it means the next day."""
-    timezone: str = "UTC"
-    min_replicas: int | None = None
-    max_replicas: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_zone(self.timezone)
-        _check_clock("start", self.start)
-        _check_clock("end", self.end)
-        if self.start == self.end:
-            raise ValueError(f"end {self.end} is start: nothing lies between; a whole day ends at 24:00")
-        if not self.days or not set(self.days) <= set(range(7)):
-            raise ValueError(f"days {list(self.days)} are not some of 0 (Monday) to 6")
-        low, high = self.min_replicas, self.max_replicas
-        if low is None and high is None:
-            raise ValueError("neither min_replicas nor max_replicas is given: it would limit nothing")
-        at_least(0, min_replicas=low or 0, max_replicas=high or 0)
-        if low is not None and high is not None and low > high:
-            raise ValueError(f"min_replicas {low} is above max_replicas {high}")
-
-    def covers(self, now_s: float) -> bool:
-        now = datetime.datetime.fromtimestamp(now_s, zoneinfo.ZoneInfo(self.timezone))
-        minute = now.hour * 60 + now.minute
-        start, end = _minute(self.start), _minute(self.end)
-        if start <= end:
-            return now.weekday() in self.days and start <= minute < end
-        return (now.weekday() in self.days and minute >= start) or ((now.weekday() - 1) % 7 in self.days and minute < end)
 
 
 class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,7 +33,6 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     believed as it is. Sized for 0.99, a fleet misses a few of a hundred where the load swings about what it carries."""
     backlog_s: float = 10.0
     """Time in which requests that queue are to be worked off."""
-    schedules: tuple[Schedule, ...] = ()
     emergency: bool = False
 
     def __post_init__(self) -> None:
@@ -88,7 +46,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return [self._scale(snapshot, group, parts.get(group.model, {}).get(group.name, 0.0)) for group in snapshot.groups]
 
     def _scale(self, snapshot: ClusterSnapshot, group: Group, share: float) -> ScaleRole:
-        low, high = self.limits(group, snapshot.now_s)
+        low, high = group.min_replicas, group.max_replicas
         workload = snapshot.workload_by_model.get(group.model)
         if workload is None or group.performance is None:
             unknown = "what a replica can do" if workload else f"the demand of {group.model}"
@@ -125,15 +83,6 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         flow = risen(workload, self.window, ahead_s=startup_s, surely=surely)
         return flow.at(flow.rate_rps + workload.queued / self.backlog_s)
 
-    def limits(self, group: Group, now_s: float) -> tuple[int, int]:
-        """Least and most replicas now. A schedule later in the list goes before an earlier one."""
-        low, high = group.min_replicas, group.max_replicas
-        for schedule in self.schedules:
-            if schedule.group == group.name and schedule.covers(now_s):
-                low = low if schedule.min_replicas is None else schedule.min_replicas
-                high = high if schedule.max_replicas is None else schedule.max_replicas
-        return low, max(low, high)
-
     def _shares(self, snapshot: ClusterSnapshot, workload: Workload) -> Mapping[str, float]:
         return shares(snapshot, workload.model, self.rise(workload, 0.0), workload.slo, self.bounds)
 
@@ -153,20 +102,3 @@ def _target(group: Group, replicas: int, text: str, numbers: dict[str, float]) -
 
 def _clamp(replicas: int, low: int, high: int) -> int:
     return min(max(replicas, low), high)
-
-
-def _check_zone(name: str) -> None:
-    try:
-        zoneinfo.ZoneInfo(name)
-    except (KeyError, ValueError, OSError) as error:  # A folder of zones is an OSError.
-        raise ValueError(f"timezone {name!r} is no known time zone, like UTC or Europe/Berlin") from error
-
-
-def _check_clock(name: str, clock: str) -> None:
-    if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", clock, re.ASCII) and (name, clock) != ("end", "24:00"):
-        raise ValueError(f"{name} {clock!r} is no time of day from 00:00 to {'24:00' if name == 'end' else '23:59'}")
-
-
-def _minute(clock: str) -> int:
-    hours, minutes = clock.split(":")
-    return int(hours) * 60 + int(minutes)

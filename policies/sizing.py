@@ -15,10 +15,10 @@ from collections.abc import Callable
 import msgspec
 
 from cluster.performance import PerformanceModel
+from cluster.ranges import at_least, share
 from cluster.slo import Slo
 from cluster.snapshot import Group
 from policies.flow import Flow
-from policies.ranges import at_least, share
 
 MAX_REPLICAS = 10_000
 FLOOR_SHARE = 0.8

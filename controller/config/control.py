@@ -5,24 +5,21 @@ from __future__ import annotations
 import urllib.parse
 
 from cluster.errors import InvalidConfig
-from cluster.fleet import ControlSpec, Fleet, PipelineSpec, ReplicaGroup, TelemetrySpec
-from cluster.placement import group_of, limits_of
+from cluster.fleet import ControlSpec, Fleet, PipelineSpec, TelemetrySpec
 from controller.config.bounds import check_at_least, check_name, check_port
 from controller.observe.assemble import BUCKET_S, BUCKETS
 from controller.pipelines import build
-from controller.spelling import did_you_mean
 from policies.flow import Window
 from policies.policy import Policy
-from policies.scaling import Scaling, Schedule
 
 MIN_JOURNAL_BYTES = 16 * 2**20  # Some minutes of a thousand replicas: below that a pass is pruned before anyone can ask why.
 
 
 def check_control(fleet: Fleet) -> None:
-    """What decides can be made and speaks of groups that exist; port and journal are within their bounds."""
+    """What decides can be made; port and journal are within their bounds."""
     control = fleet.control
     for place, spec in pipelines_of(control).items():
-        _check_pipeline(fleet, spec, place)
+        _check_pipeline(spec, place)
     for name in control.challengers:
         check_name(name, "control.challengers: the name")
     check_port(control.http_port, 0, "control.http_port")
@@ -53,12 +50,9 @@ def check_telemetry(telemetry: TelemetrySpec) -> None:
         raise InvalidConfig(f"telemetry.prometheus_url {url!r} is no http:// or https:// URL with a host")
 
 
-def _check_pipeline(fleet: Fleet, spec: PipelineSpec, place: str) -> None:
+def _check_pipeline(spec: PipelineSpec, place: str) -> None:
     for index, policy in enumerate(build(spec, place).policies):
         _check_windows(policy, f"{place}.policies[{index}].settings")
-        if isinstance(policy, Scaling):
-            for number, schedule in enumerate(policy.schedules):
-                _check_schedule(fleet, schedule, f"{place}.policies[{index}].settings.schedules[{number}]")
 
 
 def _check_windows(policy: Policy, place: str) -> None:
@@ -67,19 +61,3 @@ def _check_windows(policy: Policy, place: str) -> None:
     window = getattr(policy, "window", None)
     if isinstance(window, Window) and window.fall_s > kept_s:
         raise InvalidConfig(f"{place}.window.fall_s {window.fall_s} is above {kept_s}, the seconds of demand that are kept")
-
-
-def _check_schedule(fleet: Fleet, schedule: Schedule, place: str) -> None:
-    groups = {group_of(fleet, group): group for group in fleet.replicas}
-    if schedule.group not in groups:
-        raise InvalidConfig(f"{place}.group {schedule.group} is no group of this file{did_you_mean(schedule.group, groups)}")
-    _check_limits(schedule, groups[schedule.group], place)
-
-
-def _check_limits(schedule: Schedule, group: ReplicaGroup, place: str) -> None:
-    """Of the limit that it leaves out, the group's own holds on."""
-    low, high = limits_of(group)
-    if schedule.max_replicas is None and schedule.min_replicas is not None and schedule.min_replicas > high:
-        raise InvalidConfig(f"{place}.min_replicas {schedule.min_replicas} is above {high}, the most that the group may have")
-    if schedule.min_replicas is None and schedule.max_replicas is not None and schedule.max_replicas < low:
-        raise InvalidConfig(f"{place}.max_replicas {schedule.max_replicas} is below {low}, the least that the group has")

@@ -31,6 +31,7 @@ def check_groups(fleet: Fleet) -> None:
     for index, group in enumerate(fleet.replicas):
         with placed(f"replicas[{index}]"):
             _check_numbers(group)
+            _check_schedules(group)
             _check_references(fleet, group)
             _check_engine(group)
             if group.pace is not None:
@@ -66,6 +67,18 @@ def _check_numbers(group: ReplicaGroup) -> None:
         raise InvalidConfig(
             f"startup_s {group.startup_s} is above start_timeout_s {group.start_timeout_s}: every start would count as failed"
         )
+
+
+def _check_schedules(group: ReplicaGroup) -> None:
+    """They narrow the group's limits: what a pool must have room for is known without a calendar."""
+    low, high = limits_of(group)
+    for number, schedule in enumerate(group.schedules):
+        for field in ("min_replicas", "max_replicas"):
+            replicas = getattr(schedule, field)
+            if replicas is not None and not low <= replicas <= high:
+                raise InvalidConfig(
+                    f"schedules[{number}].{field} {replicas} is outside [{low}, {high}], the group's min_replicas and max_replicas"
+                )
 
 
 def _check_references(fleet: Fleet, group: ReplicaGroup) -> None:

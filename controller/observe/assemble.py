@@ -14,7 +14,7 @@ from cluster.fleet import Fleet, NodeSpec, ReplicaGroup
 from cluster.metrics import ARRIVALS, DEMAND_NAMES, IN_FLIGHT, QUEUED, TPOT, TTFT
 from cluster.node import Node
 from cluster.performance import PerformanceModel
-from cluster.placement import group_name, group_of, limits_of, slots_of
+from cluster.placement import group_name, group_of, limits_at, slots_of
 from cluster.replica import Load, Phase, Replica, Role
 from cluster.slo import Slo
 from cluster.snapshot import ClusterSnapshot, Group, ReplicaState, Workload
@@ -78,7 +78,7 @@ def assemble(fleet: Fleet, seen: Seen, telemetry: Telemetry, memory: Memory, now
         pass_number=memory.pass_number,
         next_replica=memory.next_replica,
         nodes=tuple(_node(fleet, node, seen.alive) for node in sorted(fleet.nodes, key=lambda node: node.name)),
-        groups=_groups(fleet, members, memory),
+        groups=_groups(fleet, members, memory, now_s),
         replicas=tuple(sorted(states, key=lambda state: state.replica_id)),
         workloads=tuple(_workload(model.name, _slo(fleet), telemetry, now_s) for model in fleet.models),
         holds=tuple(hold for hold in memory.holds if hold.expires_s > now_s),
@@ -86,14 +86,16 @@ def assemble(fleet: Fleet, seen: Seen, telemetry: Telemetry, memory: Memory, now
     )
 
 
-def _groups(fleet: Fleet, members: Mapping[str, Sequence[tuple[Replica, ReplicaState]]], memory: Memory) -> tuple[Group, ...]:
+def _groups(
+    fleet: Fleet, members: Mapping[str, Sequence[tuple[Replica, ReplicaState]]], memory: Memory, now_s: float
+) -> tuple[Group, ...]:
     """One group for each model, role and pool of the config; what a replica is like is taken from those that are there."""
     made = []
     for spec in fleet.replicas:
         name = group_of(fleet, spec)
         known = memory.of(name, spec.count)
         there = members.get(name, ())
-        low, high = limits_of(spec)
+        low, high = limits_at(spec, now_s)
         made.append(
             Group(
                 model=spec.model or fleet.models[0].name,
@@ -119,7 +121,7 @@ def _groups(fleet: Fleet, members: Mapping[str, Sequence[tuple[Replica, ReplicaS
 def _build(spec: ReplicaGroup) -> str:
     """Equal where a replica of the one can take the role of the other: all but role and numbers of them."""
     alike = msgspec.structs.replace(
-        spec, role=Role.MIXED, count=1, min_replicas=None, max_replicas=None, startup_s=0.0, start_timeout_s=0.0
+        spec, role=Role.MIXED, count=1, min_replicas=None, max_replicas=None, schedules=(), startup_s=0.0, start_timeout_s=0.0
     )
     return xxhash.xxh3_64_hexdigest(msgspec.json.encode(alike))
 

@@ -164,4 +164,4 @@ def test_unknown_schema_and_unknown_policies_end_with_2(tmp_path: Path, capsys):
     with sqlite3.connect(tmp_path / "j") as db:
         db.execute("UPDATE journal SET schema = 99")
     assert run("replay", "--journal", tmp_path / "j") == 2
-    assert "schema 99; this release reads 1" in capsys.readouterr().err
+    assert "schema 99; this release reads 2" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """How many replicas, when."""
 
-import datetime
 import random
 from collections.abc import Callable
 
@@ -13,7 +12,7 @@ from cluster.replica import Role
 from cluster.snapshot import Group
 from policies.guards import Capacity, DisruptionBudget, RateOfChange, StaleTelemetry
 from policies.pipeline import Pipeline
-from policies.scaling import Scaling, Schedule
+from policies.scaling import Scaling
 from tests.policies.clusters import BUCKET_S, NOW_S, cluster, group, steady, workload
 
 PIPELINE = Pipeline(policies=(Scaling(),), guards=(StaleTelemetry(), RateOfChange(), DisruptionBudget(), Capacity()))
@@ -63,25 +62,6 @@ def test_fall_is_not_believed_of_a_past_too_short_to_show_one():
 def test_limits_hold_whatever_the_load():
     assert target(group(wanted=2, min_replicas=2), steady(0.0)) == 2
     assert target(group(wanted=2, max_replicas=3), steady(500.0)) == 3
-
-
-def test_schedule_raises_the_floor_in_its_own_time_zone():
-    schedule = Schedule(
-        group="m/mixed/p", days=(0, 1, 2, 3, 4), start="08:00", end="18:00", timezone="Europe/Berlin", min_replicas=6
-    )
-    policy = Scaling(schedules=(schedule,))
-
-    def low(year: int, month: int, day: int, hour: int) -> int:
-        at = datetime.datetime(year, month, day, hour, 30, tzinfo=datetime.UTC)
-        return policy.limits(group(), at.timestamp())[0]
-
-    assert [low(2026, 7, 6, 6), low(2026, 1, 5, 6), low(2026, 1, 5, 7), low(2026, 7, 6, 16), low(2026, 7, 5, 9)] == [6, 1, 6, 1, 1]
-
-
-def test_schedule_may_pass_midnight():
-    night = Schedule(group="m/mixed/p", days=(4,), start="22:00", end="06:00", max_replicas=2)
-    friday = datetime.datetime(2026, 7, 10, 23, 0, tzinfo=datetime.UTC).timestamp()
-    assert [night.covers(friday + hours * 3600) for hours in (-2, 0, 6, 8, 24)] == [False, True, True, False, False]
 
 
 def test_dead_prefill_target_makes_decode_replicas_do_both():

@@ -21,6 +21,7 @@ from cluster.fleet import (
 )  # fmt: skip
 from cluster.node import Market
 from cluster.replica import Role
+from cluster.schedule import Schedule
 from cluster.slo import Slo
 from controller.config import as_yaml, effective, parse_fleet
 
@@ -37,9 +38,9 @@ def maybe(strategy: st.SearchStrategy) -> st.SearchStrategy:
 
 
 schedules = st.builds(
-    dict, group=words, start=st.sampled_from(["08:00", "00:00"]), end=st.sampled_from(["18:30", "24:00"]), max_replicas=counts
+    Schedule, start=st.sampled_from(["08:00", "00:00"]), end=st.sampled_from(["18:30", "24:00"]), max_replicas=counts
 )
-scaling = st.builds(dict, settle_s=seconds, schedules=st.lists(schedules, max_size=2))
+scaling = st.builds(dict, settle_s=seconds)
 pipelines = st.builds(
     PipelineSpec,
     policies=st.lists(st.builds(PolicySpec, use=st.just("policies.scaling:Scaling"), settings=scaling), max_size=2).map(tuple),
@@ -53,6 +54,7 @@ paces = st.builds(Pace, shape=names, accelerator=names, speedup=seconds)
 groups = st.builds(
     ReplicaGroup, role=st.sampled_from(Role), count=counts, min_replicas=maybe(counts), max_replicas=maybe(counts),
     startup_s=seconds, engine=st.sampled_from(["torch", "emulated"]), pool=names, pace=maybe(paces),
+    schedules=st.lists(schedules, max_size=2).map(tuple),
 )  # fmt: skip
 fleets = st.builds(
     Fleet,

@@ -124,10 +124,9 @@ REFUSED = {
     "a Prometheus without a host": ("gateway:", "telemetry: {prometheus_url: 'http://:9090'}\ngateway:", "telemetry.prometheus_url 'http://:9090' is no http:// or https:// URL with a host"),
     "a Prometheus at no port": ("gateway:", "telemetry: {prometheus_url: 'http://host:port'}\ngateway:", "telemetry.prometheus_url 'http://host:port' is no http:// or https:// URL with a host"),
     "two Prometheus servers": ("gateway:", "telemetry: {prometheus_url: 'http://host:9090', local_prometheus: true}\ngateway:", "telemetry.local_prometheus and telemetry.prometheus_url http://host:9090 exclude each other"),
-    "a schedule of nobody": ("gateway:", "control: {pipeline: {policies: [{use: 'policies.scaling:Scaling', settings: {schedules: [{group: tiny/decode/defalt, start: 08:00, end: 18:30, min_replicas: 1}]}}]}}\ngateway:", "control.pipeline.policies[0].settings.schedules[0].group tiny/decode/defalt is no group of this file; did you mean tiny/decode/default"),
-    "a schedule above its group": ("gateway:", "control: {pipeline: {policies: [{use: 'policies.scaling:Scaling', settings: {schedules: [{group: tiny/decode/default, start: 08:00, end: 18:30, min_replicas: 4}]}}]}}\ngateway:", "settings.schedules[0].min_replicas 4 is above 3, the most that the group may have"),
-    "a schedule below its group": ("gateway:", "control: {pipeline: {policies: [{use: 'policies.scaling:Scaling', settings: {schedules: [{group: tiny/decode/default, start: 08:00, end: 18:30, max_replicas: 2}]}}]}}\ngateway:", "settings.schedules[0].max_replicas 2 is below 3, the least that the group has"),
-    "a schedule at no time": ("gateway:", "control: {pipeline: {policies: [{use: 'policies.scaling:Scaling', settings: {schedules: [{group: tiny/decode/default, start: 8h, end: 18:30, max_replicas: 2}]}}]}}\ngateway:", "control.pipeline.policies[0].settings.schedules[0]: start '8h' is no time of day from 00:00 to 23:59"),
+    "a schedule above its group": ("role: decode", "role: decode, schedules: [{start: 08:00, end: 18:30, min_replicas: 4}]", "replicas[1].schedules[0].min_replicas 4 is outside [3, 3], the group's min_replicas and max_replicas"),
+    "a schedule below its group": ("role: decode", "role: decode, schedules: [{start: 08:00, end: 18:30, max_replicas: 2}]", "replicas[1].schedules[0].max_replicas 2 is outside [3, 3], the group's min_replicas and max_replicas"),
+    "a schedule at no time": ("role: decode", "role: decode, schedules: [{start: 8h, end: 18:30, max_replicas: 3}]", "start '8h' is no time of day from 00:00 to 23:59"),
 }  # fmt: skip
 
 

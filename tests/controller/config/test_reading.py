@@ -6,16 +6,14 @@ from cluster.node import Market
 from controller.config import parse_fleet
 from tests.controller.config.good import GOOD
 
-SCALING = "control: {pipeline: {policies: [{use: 'policies.scaling:Scaling', settings: {schedules: [{start: 9:15, end: 18:30}]}}]}}"
-
 
 def parsed(old: str, new: str):
     return parse_fleet(GOOD.replace("PORT", "8000").replace(old, new, 1).encode(), Path("/"))
 
 
 def test_a_time_of_day_is_no_number_to_the_base_of_sixty():
-    (policy,) = parsed("gateway:", f"{SCALING}\ngateway:").control.pipeline.policies
-    assert policy.settings["schedules"] == [{"start": "9:15", "end": "18:30"}]
+    group = parsed("{role: prefill,", "{role: prefill, schedules: [{start: 09:15, end: 18:30, min_replicas: 1}],").replicas[0]
+    assert (group.schedules[0].start, group.schedules[0].end) == ("09:15", "18:30")
 
 
 def test_a_market_is_a_word():
