@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cluster.ranges import at_least, positive
+from cluster.ranges import at_least, positive, share
 from cluster.snapshot import Demand, Workload
 
 
@@ -47,19 +47,23 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How long is looked back, and how sure one must be."""
 
     rise_s: tuple[float, ...] = (5.0, 15.0, 60.0, 180.0)
-    """Windows in which a rise may show. The last one's mean may be believed as it is."""
+    """Windows in which a rise may show. The last one's mean is believed as it is while the SLO is missed."""
     fall_s: float = 180.0
     """A fall is believed when no part of it was busier. Longer than most lulls of a minute-scale burst (Azure 2023)."""
     fall_part_s: float = 60.0
     """Length of such a part: of a shorter one the count says little."""
-    sigmas: float = 3.0
-    """Standard deviations of a count, one-sided 99.9 %: looked at each second, two would be passed by chance some times an hour."""
+    sigmas: float = 4.0
+    """Standard deviations of a count: looked at each second, three are passed by chance each few hours, four once in some weeks."""
+    kept_share: float = 0.9
+    """Until surely fewer requests are measured to be inside their SLO, a rise must be sure: not even the longest window's mean is
+    believed as it is. Sized for 0.99, a fleet misses a few of a hundred where the load swings about what it carries."""
 
     def __post_init__(self) -> None:
         if not self.rise_s or list(self.rise_s) != sorted(set(self.rise_s)):
             raise ValueError(f"rise_s {list(self.rise_s)} is not one window or more, shortest first")
         positive(rise_s=self.rise_s[0], fall_s=self.fall_s, fall_part_s=self.fall_part_s)
         at_least(0.0, sigmas=self.sigmas)
+        share(kept_share=self.kept_share)
         if self.fall_part_s > self.fall_s:
             raise ValueError(f"fall_s {self.fall_s} is below {self.fall_part_s}, fall_part_s")
 
@@ -82,19 +86,20 @@ def mix(buckets: Sequence[Demand], rate_rps: float, dispersion: float) -> Flow:
     )
 
 
-def risen(workload: Workload, window: Window, ahead_s: float = 0.0, *, surely: bool = False) -> Flow:
+def risen(workload: Workload, window: Window, ahead_s: float = 0.0) -> Flow:
     """The flow to have capacity for now: never below what a lower bound shows, with its trend carried `ahead_s` seconds on.
 
-    surely: of the longest window as well the lower bound is taken, not the mean; so it is until that window is full.
+    Of the longest window the mean is taken where the SLO is missed, once that window is full.
     """
-    surely = surely or len(workload.buckets) * workload.bucket_s < window.rise_s[-1]
+    full = len(workload.buckets) * workload.bucket_s >= window.rise_s[-1]
+    by_mean = full and missed(workload, window)
     dispersion = index_of_dispersion(workload.buckets)
     longest = _last(workload, window.rise_s[-1])
     rate_rps = 0.0
     for span_s in window.rise_s:
         last = _last(workload, span_s)
         count = _requests(last)
-        sigmas = window.sigmas if surely or span_s < window.rise_s[-1] else 0.0
+        sigmas = 0.0 if by_mean and span_s == window.rise_s[-1] else window.sigmas
         if last:
             rate_rps = max(rate_rps, (count - sigmas * math.sqrt(dispersion * count)) / (len(last) * workload.bucket_s))
     return mix(longest, max(rate_rps, _trend(longest, workload.bucket_s, dispersion, window.sigmas, ahead_s)), dispersion)
@@ -114,15 +119,16 @@ def fallen(workload: Workload, window: Window) -> Flow:
     return mix(last, rate_rps, dispersion)
 
 
-def missed(workload: Workload, window: Window, kept_share: float) -> bool:
-    """Whether surely fewer than `kept_share` of the requests are inside their SLO, or that is not known.
+def missed(workload: Workload, window: Window) -> bool:
+    """Whether surely fewer than `window.kept_share` of the requests are inside their SLO, or that is not known.
 
     How sure one is, the count of the span says over which it was measured.
     """
     if workload.attainment is None:
         return True
     count = max(1.0, _requests(_last(workload, LATENCY_SPAN_S)))
-    return workload.attainment < kept_share - window.sigmas * math.sqrt(kept_share * (1.0 - kept_share) / count)
+    error = math.sqrt(window.kept_share * (1.0 - window.kept_share) / count)
+    return workload.attainment < window.kept_share - window.sigmas * error
 
 
 def reaches_back(workload: Workload, window: Window) -> bool:

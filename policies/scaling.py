@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from cluster.actions import Action, Reason, ScaleRole
-from cluster.ranges import at_least, positive, share
+from cluster.ranges import at_least, positive
 from cluster.snapshot import ClusterSnapshot, Group, Workload
 from policies import levers
-from policies.flow import Flow, Window, fallen, missed, reaches_back, risen
+from policies.flow import Flow, Window, fallen, reaches_back, risen
 from policies.shares import fits_of, shares
 from policies.sizing import Bounds, smallest
 
@@ -28,9 +28,6 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Times the fallen flow's upper bound the smaller number must still carry: the model's own error is 5 to 12 % on H100."""
     settle_s: float = 30.0
     """After the target rose it does not fall for so long: what was started has not yet shown its effect."""
-    kept_share: float = 0.95
-    """Until surely fewer requests are measured to be inside their SLO, a rise must be sure: not even the longest window's mean is
-    believed as it is. Sized for 0.99, a fleet misses a few of a hundred where the load swings about what it carries."""
     backlog_s: float = 10.0
     """Time in which requests that queue are to be worked off."""
     emergency: bool = False
@@ -39,7 +36,6 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         at_least(1.0, down_margin=self.down_margin)
         at_least(0.0, settle_s=self.settle_s)
         positive(backlog_s=self.backlog_s)
-        share(kept_share=self.kept_share)
 
     def decide(self, snapshot: ClusterSnapshot, accepted: Sequence[Action]) -> Sequence[Action]:
         parts = {workload.model: self._shares(snapshot, workload) for workload in snapshot.workloads}
@@ -79,8 +75,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def rise(self, workload: Workload, startup_s: float) -> Flow:
         """The flow to be ready for by the time a replica started now is: trend, and what already queues."""
-        surely = not missed(workload, self.window, self.kept_share)
-        flow = risen(workload, self.window, ahead_s=startup_s, surely=surely)
+        flow = risen(workload, self.window, ahead_s=startup_s)
         return flow.at(flow.rate_rps + workload.queued / self.backlog_s)
 
     def _shares(self, snapshot: ClusterSnapshot, workload: Workload) -> Mapping[str, float]:
