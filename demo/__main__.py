@@ -37,7 +37,7 @@ TRACE = HERE / "traffic.jsonl"
 MODEL = "tiny-dense"
 FLEET = FleetHome("demo")
 SLO = Slo(ttft_s=2.0, tpot_s=0.15)
-KILL_AT_S = 190.0
+KILL_AT_S = 195.0
 VICTIM = "l4-b"
 REFRESH_S = 0.5
 SHOWN_TEXTS = 3
