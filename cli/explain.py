@@ -35,7 +35,8 @@ COUNTS = ("needed", "enough", "wanted", "low", "high", "short", "spare", "prefil
 
 def explain(
     subject: Annotated[
-        str | None, typer.Argument(metavar="SUBJECT", help="A replica, role or group: the last pass that did something about it.")
+        str | None,
+        typer.Argument(metavar="SUBJECT", help="A replica, role, group or node: the last pass that did something about it."),
     ] = None,
     at: Annotated[
         str | None, typer.Option("--at", metavar="TIME", help="The pass in force then: ISO 8601, HH:MM[:SS], or -5m for ago.")

@@ -17,11 +17,11 @@ from rich.text import Text
 
 from cli.ask import ask
 from cli.fleet_home import FleetHome, only_fleet
-from controller.status import FleetStatus, GroupStatus, ModelStatus, NodeStatus, ReplicaStatus
+from controller.status import Change, FleetStatus, GroupStatus, ModelStatus, NodeStatus, ReplicaStatus
 
 REFRESH_S = 1.0
-PHASE_STYLES = {"ready": "green", "lost": "red", "draining": "yellow", "warming": "cyan", "starting": "cyan"}
-GONE = ("lost", "stopped")
+PHASE_STYLES = {"ready": "green", "lost": "red", "failed": "red", "draining": "yellow", "warming": "cyan", "starting": "cyan"}
+GONE = ("lost", "failed", "stopped")
 SHOWN_REPLICAS = 40  # More do not fit a screen; `--json` has all.
 SHOWN_CHANGES = 5
 FEWEST_REPLICAS = 3  # On however small a terminal.
@@ -74,6 +74,8 @@ def _parts(now: FleetStatus, most: int) -> Iterator[RenderableType]:
     yield Text(f"{now.fleet} at {now.url}: {now.mode}, pass {now.pass_number}, epoch {now.epoch}{power}{cost}", style="bold")
     if now.failures or now.unwritten:
         yield Text(f"{now.failures} passes failed, {now.unwritten} are not in the journal; see the controller's log", style="red")
+    if now.nonsense:
+        yield Text(f"{now.nonsense} load reports could not be and were left out; see the controller's log", style="red")
     for hold in now.holds:
         until = datetime.fromtimestamp(hold.expires_s).strftime("%H:%M")
         count = "" if hold.replicas is None else f" to {hold.replicas}"
@@ -83,13 +85,15 @@ def _parts(now: FleetStatus, most: int) -> Iterator[RenderableType]:
             yield Text(f"telemetry of {model.model} is {_age(model.age_s)}: its rate and latencies are unknown", style="red")
     yield _table("model", ("rate", "queued", "running", "TTFT P99", "TPOT P99", "in SLO"), map(_model, now.models))
     yield _table("group", ("ready", "wanted", "min", "max"), map(_group, now.groups))
+    for held in now.held_back:
+        yield Text(f"held back: {held.text}: {held.why} ({held.by})", style="yellow")
     yield _table("node", ("pool", "", "market", "zone", "used", "power", "$/h"), map(_node, now.nodes))
     yield replica_table(now, most)
     if now.changes:
         yield Text("last decisions (mobula explain says more)", style="dim")
     for change in now.changes[:SHOWN_CHANGES]:
         at = datetime.fromtimestamp(change.at_s).strftime("%H:%M:%S")
-        yield Text(f"{at}  {'advised: ' if change.advised else ''}{change.text}: {change.reason}")
+        yield Text(f"{at}  {'advised: ' if change.advised else ''}{change.text}: {change.reason}{_outcome(change)}")
 
 
 def replica_table(now: FleetStatus, most: int = SHOWN_REPLICAS) -> Table:
@@ -111,6 +115,10 @@ def _table(first: str, headings: tuple[str, ...], rows: Iterator[tuple[str | Tex
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def _outcome(change: Change) -> str:
+    return f"; {change.outcome}" if change.outcome else ""
 
 
 def _age(age_s: float) -> str:

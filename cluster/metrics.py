@@ -116,6 +116,7 @@ CONTROLLER_METRICS = (
     Metric("mobula_controller_telemetry_age_seconds", "gauge", "Age of what is known of a model's demand.", ("model",)),
     Metric("mobula_controller_telemetry_errors_total", "counter", "Times that telemetry could not be read."),
     Metric("mobula_controller_samples_refused_total", "counter", "Samples too late, too many, or no count."),
+    Metric("mobula_controller_loads_refused_total", "counter", "Load reports that could not be."),
     Metric("mobula_controller_heartbeats_lost_total", "counter", "Workers taken for dead as they fell silent."),
     Metric("mobula_replicas_wanted", "gauge", "The target in force.", ("group",)),
     Metric("mobula_replicas", "gauge", "Replicas there are.", ("group", "phase")),

@@ -162,6 +162,10 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return {workload.model: workload for workload in self.workloads}
 
     @cached_property
+    def replica_by_id(self) -> Mapping[str, ReplicaState]:
+        return {replica.replica_id: replica for replica in self.replicas}
+
+    @cached_property
     def replicas_by_group(self) -> Mapping[str, tuple[ReplicaState, ...]]:
         """Every group has an entry."""
         found: dict[str, list[ReplicaState]] = {group.name: [] for group in self.groups}

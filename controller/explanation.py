@@ -9,10 +9,10 @@ import msgspec
 
 from cluster.actions import Action, Decision, Dropped
 from cluster.errors import InvalidRequest
-from cluster.replica import Phase
-from controller.journal import Entry, Journal, Outcome, groups_of
+from controller.journal import Entry, Journal, Outcome, groups_of, node_of
 from controller.pipelines import from_text
 from policies.counterfactual import Counterfactual, Flip, Unnamed, asked, outcome
+from policies.expansion import missing
 
 MOST_TURNED = 6  # Groups whose turning points are looked for unasked: at a thousand replicas of many models each takes a second.
 ALIKE = 0.6  # Of two names, above which one may be a slip of the pen for the other.
@@ -53,7 +53,7 @@ class GroupAnswer(msgspec.Struct, frozen=True, kw_only=True):
     present: int
     """Replicas that served or were about to."""
     missing: tuple[str, ...]
-    """Those that were lost, each with its node."""
+    """Those that were lost and are not made up for, each with its node."""
     outcome: str
     why: str
     numbers: Mapping[str, float]
@@ -91,9 +91,10 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def explain(journal: Journal, number: int, only: str | None = None, *, told: Told = lambda done, of: None) -> Answer:
-    """A pass. `only`: a group's name, a role, or a replica's id; else all groups that something was done or dropped for, or all.
+    """A pass. Without `only`, of all groups that something was done or dropped for, or of all.
 
-    Raises InvalidRequest where the journal has no such pass or the pass no such group or replica.
+    only: a group's name, a role, a replica's id or a node's name. Raises InvalidRequest where the journal has no such pass or the
+    pass no such thing.
     """
     try:
         entry = journal.entry(number)
@@ -141,7 +142,11 @@ class _Part:
         self._entry, self._name = entry, name
         self._wish = asked(decision, name)
         mine = [(index, one) for index, one in enumerate(decision.actions) if name in groups_of(snapshot, one)]
-        of_replica = [(index, one) for index, one in mine if only is not None and only in one.claims and only != name]
+        of_replica = [
+            (index, one)
+            for index, one in mine
+            if only is not None and only != name and only in (*one.claims, node_of(snapshot, one))
+        ]
         self._actions = of_replica or mine
         self._dropped = [one for one in decision.dropped if name in groups_of(snapshot, one.action)]
 
@@ -160,14 +165,15 @@ class _Part:
         """`flips`: None where they were not looked for."""
         snapshot, decision, reason = self._entry.snapshot, self._entry.decision, self._wish and self._wish.reason
         before = snapshot.group_by_name[self._name].wanted
+        present = sum(replica.present for replica in snapshot.replicas_by_group[self._name])
         turning = {flip.lever for flip in flips or ()}
         workload = snapshot.workload_by_model.get(snapshot.group_by_name[self._name].model)
         return GroupAnswer(
             group=self._name,
             before=before,
             after=decision.targets.get(self._name, before),
-            present=sum(replica.present for replica in snapshot.replicas_by_group[self._name]),
-            missing=self._missing(),
+            present=present,
+            missing=self._missing(present),
             outcome=outcome(decision, self._name),
             why=reason_of(decision, self._name),
             numbers=reason.numbers if reason else {},
@@ -180,10 +186,11 @@ class _Part:
             window_s=len(workload.buckets) * workload.bucket_s if workload else 0.0,
         )
 
-    def _missing(self) -> tuple[str, ...]:
+    def _missing(self, present: int) -> tuple[str, ...]:
         snapshot = self._entry.snapshot
-        lost = (replica for replica in snapshot.replicas_by_group[self._name] if replica.phase is Phase.LOST)
+        group = snapshot.group_by_name[self._name]
         dead = {node.name for node in snapshot.nodes if not node.alive}
+        lost = missing(snapshot, group, group.wanted - present)
         return tuple(f"{one.replica_id} on {one.node}" + (", which does not answer" if one.node in dead else "") for one in lost)
 
     def _step(self, action: Action, known: Outcome | None) -> Step:
@@ -223,20 +230,23 @@ def _names(entry: Entry, only: str | None) -> list[str]:
         stopped = {name for one in decision.dropped for name in groups_of(snapshot, one.action)} - touched
         return [*sorted(touched), *sorted(stopped)] or [group.name for group in snapshot.groups]
     of_replica = {replica.group for replica in snapshot.replicas if replica.replica_id == only}
-    of_replica |= {name for action in decision.actions if only in action.claims for name in groups_of(snapshot, action)}
+    about = [action for action in decision.actions if only in (*action.claims, node_of(snapshot, action))]
+    of_replica |= {name for action in about for name in groups_of(snapshot, action)}
     of_role = {group.name for group in snapshot.groups if only in (group.name, group.role.value)}
-    if not of_replica | of_role:
+    found = of_replica | of_role or {replica.group for replica in snapshot.replicas if replica.node == only}
+    if not found and only not in snapshot.node_by_name:
         raise InvalidRequest(_unknown(entry, only), param="only")
-    return sorted(of_replica | of_role)
+    return sorted(found)
 
 
 def _unknown(entry: Entry, name: str) -> str:
     snapshot = entry.snapshot
     groups = [group.name for group in snapshot.groups]
     known = [*groups, *{group.role.value for group in snapshot.groups}, *(one.replica_id for one in snapshot.replicas)]
+    known += [node.name for node in snapshot.nodes]
     near = difflib.get_close_matches(name, known, MOST_LIKE, ALIKE)
     meant = f"; near it are {', '.join(near)}" if near else ""
-    return f"{name} is no replica, role or group of pass {entry.number}{meant}; groups are {', '.join(groups)}"
+    return f"{name} is no replica, role, group or node of pass {entry.number}{meant}; groups are {', '.join(groups)}"
 
 
 def _objection(one: Dropped) -> Objection:

@@ -23,19 +23,19 @@ from cluster.actions import Decision
 from cluster.errors import InvalidConfig, InvalidRequest, MobulaError
 from cluster.fleet import Fleet, PipelineSpec, PolicySpec
 from cluster.metrics import DEMAND_NAMES, Sample
-from cluster.placement import group_name, group_of
+from cluster.placement import group_of
 from cluster.replica import Phase, Replica
-from cluster.snapshot import ClusterSnapshot, Hold, ReplicaState
+from cluster.snapshot import ClusterSnapshot, Hold
 from controller.act.actuator import Actuator
 from controller.act.hosts import Hosts
 from controller.act.orders import Orders
-from controller.controller import Controller, Course, recall
+from controller.controller import Controller, Course
 from controller.directory import next_epoch, open_journal, read_fleet, remember_port, remembered_port, reopened, write_fleet
-from controller.memory import GroupMemory, Memory, with_hold, without_hold
+from controller.memory import Memory, with_hold, without_hold
 from controller.observe.assemble import SPAN_S
 from controller.observe.discovery import DiscoveryServer, target_groups
 from controller.observe.exporter import ControllerMetrics, Tallies
-from controller.observe.feed import TelemetryFeed
+from controller.observe.feed import Source, TelemetryFeed
 from controller.observe.machines import Machines
 from controller.observe.observer import Observer
 from controller.observe.prometheus import Prometheus
@@ -45,6 +45,7 @@ from controller.pipelines import as_text, build
 from controller.registry import TOGETHER_S, Registry
 from controller.status import Change, Failure, FleetStatus, Progress, changes_of, fleet_status
 from controller.steady_clock import steady_clock
+from controller.taking_over import TakingOver
 from transports.links import WorkerLinks
 from transports.messages import WATCHER
 from transports.transport import Transport
@@ -54,10 +55,7 @@ log = logging.getLogger(__name__)
 INVENTORY_S = 1.0
 STOCK_S = 10.0  # Ray's head answers within a second, or is being restarted.
 PROBE_S = 2.0
-SETTLE_S = SILENCE_S  # A worker that lives has registered with a new controller by then, or others have kept it busy.
-MAX_SETTLE_S = 60.0  # Ten thousand calls take some ten seconds.
-SETTLE_POLL_S = 0.05
-UNSETTLED_S = 1800.0  # Orders that are older are not given again: the longest start is half of it.
+END_POLL_S = 0.05
 SHOWN_CHANGES = 12
 MAX_FAILURES = 100  # That are told to whoever waits for the first start.
 MOST_FIGURE = 1e6  # Of a performance model: no step lasts so many seconds, and no replica draws so many watts.
@@ -97,8 +95,7 @@ class FleetController:
         self.actuator = Actuator(self.fleet, self._hosts, self.orders, self.registry, self.watch, self.clock)
         self.window = Window(SPAN_S)
         self._prometheus_url = prometheus_url or self.fleet.telemetry.prometheus_url
-        source = self.window if self._prometheus_url is None else Prometheus(self._prometheus_url, SPAN_S, self.fleet.name)
-        self.feed = TelemetryFeed(source, DEMAND_NAMES, self.clock)
+        self.feed = TelemetryFeed(self._source(), DEMAND_NAMES, self.clock)
         self._links = WorkerLinks(transport, f"{WATCHER}{self.epoch}", self.watch, silence_s=SILENCE_S)
         self._following = False
         """The table has changed, and is about to be looked at."""
@@ -142,7 +139,8 @@ class FleetController:
         self._do(self.feed.run())
         await self._take_stock()
         self._do(self._keep_stock())
-        await self._take_over()
+        before = TakingOver(self.fleet, self._journal, self.registry, self.watch, self.actuator, self.orders, self.clock)
+        self.controller.memory = await before.memory(self._last)
         await self.controller.run()
 
     async def _serve(self) -> None:
@@ -157,66 +155,22 @@ class FleetController:
         else:
             remember_port(self._directory, int(self._server.address.rpartition(":")[2]))
 
-    async def _take_over(self) -> None:
-        """What an earlier controller knew and had begun; and who runs already, before anything new is decided."""
-        last, running = self._last, self.watch.running
-        if last is not None:
-            self.controller.memory = recall(self._journal)
-            self.watch.remember_lost(one for one in last.snapshot.replicas if one.phase is Phase.LOST)
-            expected = {one.replica_id: one for one in last.snapshot.replicas if _registered(one)}
-            await self._settled(expected.keys())
-            self._give_up(state for name, state in expected.items() if name not in self.registry.table.replicas)
-            self.controller.memory = self._numbered(self.controller.memory)
-            self.actuator.carry_out(self.orders.resume(self._journal.unsettled(self.clock() - UNSETTLED_S)))
-        elif running:
-            log.warning("%d workers run, and no journal says why: they are kept as they are", len(running))
-            await self._settled({"those that are not known by name"})
-            self.controller.memory = self._as_found()
-
-    async def _settled(self, expected: Iterable[str]) -> None:
-        """Until all of them have registered, or had the time to: nobody came for SETTLE_S."""
-        waiting = frozenset(expected)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(MAX_SETTLE_S):
-                while waiting - self.registry.table.replicas.keys():
-                    await asyncio.wait_for(self.registry.changed(), SETTLE_S)
-
-    def _give_up(self, states: Iterable[ReplicaState]) -> None:
-        """They ended while nobody watched, or hang."""
-        now_s = round(self.clock(), 3)
-        lost = [msgspec.structs.replace(state, phase=Phase.LOST, phase_since_s=now_s, load=None) for state in states]
-        self.watch.remember_lost(lost)
-        for state in lost:
-            self.actuator.end(state.replica_id, state.node)
-
-    def _as_found(self) -> Memory:
-        """Nobody remembers what was wanted: what runs, then."""
-        rows = self.registry.table.replicas.values()
-        pools = {node.name: node.pool for node in self.fleet.nodes}
-        found = {group_of(self.fleet, spec): 0 for spec in self.fleet.replicas}
-        for row in rows:
-            name = group_name(row.model, row.role, pools.get(row.node, ""))
-            found[name] = found.get(name, 0) + 1
-        return self._numbered(Memory(groups={name: GroupMemory(wanted=count) for name, count in found.items()}))
-
-    def _numbered(self, memory: Memory) -> Memory:
-        """No number of a replica that runs is given again, whether the journal knows of it or not."""
-        numbers = [int(number) for number in (name.rpartition("-")[2] for name in self.registry.table.replicas) if number.isdigit()]
-        return msgspec.structs.replace(memory, next_replica=max(memory.next_replica, *(number + 1 for number in numbers), 0))
-
     async def shutdown(self, drain_s: float) -> None:
-        """End every worker: what runs may take so long to finish."""
+        """End every worker: what runs may take so long to finish. One that is silent does not finish anything."""
         for task in tuple(self._tasks):
             task.cancel()
         rows = tuple(self.registry.table.membership.replicas)
-        await asyncio.gather(*(self._drain(row, drain_s) for row in rows))
+        nodes = {row.worker_id: row.node for row in rows}
+        drains = asyncio.gather(*(self._drain(row, drain_s) for row in rows))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(drain_s + SETTLE_S):
-                while (await self._hosts.inventory()).workers & {row.worker_id for row in rows}:  # noqa: ASYNC110
-                    await asyncio.sleep(SETTLE_POLL_S)  # A process that ends tells nobody.
-        left = {row.worker_id: row.node for row in self.registry.table.membership.replicas}
+            async with asyncio.timeout(drain_s + SILENCE_S):
+                while left := (await self._hosts.inventory()).workers & nodes.keys():
+                    for worker_id in left & self.watch.silent:
+                        await self._hosts.end(worker_id, nodes[worker_id])
+                    await asyncio.sleep(END_POLL_S)  # A process that ends tells nobody.
+        drains.cancel()
         for worker_id in (await self._hosts.inventory()).workers:
-            await self._hosts.end(worker_id, left.get(worker_id, ""))
+            await self._hosts.end(worker_id, nodes.get(worker_id, ""))
         await self._links.close()
         await self._server.close()
         self._journal.close()
@@ -252,7 +206,7 @@ class FleetController:
 
     async def hold(self, hold: Hold) -> None:
         """`expires_s` is of this machine's clock, which may have been set since the controller's own began."""
-        until_s = self.clock() + hold.expires_s - time.time()
+        until_s = hold.expires_s - self._ahead_s()
         kept = msgspec.structs.replace(hold, expires_s=round(until_s, 3))
         await self.controller.say(lambda memory: with_hold(memory, kept))
 
@@ -296,8 +250,13 @@ class FleetController:
             controller_pid=os.getpid(),
             failures=self.controller.failures,
             unwritten=self.controller.unwritten,
-            changes=tuple(self._changes),
+            nonsense=self.watch.nonsense,
+            changes=tuple(self._with_outcome(change) for change in self._changes),
         )
+
+    def _with_outcome(self, change: Change) -> Change:
+        told = [one.outcome for one in self._journal.outcomes(change.number) if one.action == change.index]
+        return msgspec.structs.replace(change, outcome=told[-1]) if told else change
 
     def progress(self) -> Progress:
         """How far the first start is."""
@@ -315,6 +274,15 @@ class FleetController:
         await self._hosts.slow(worker_id, replica_id, factor)
 
     # Inside
+
+    def _source(self) -> Source:
+        if self._prometheus_url is None:
+            return self.window
+        return Prometheus(self._prometheus_url, SPAN_S, self.fleet.name, self._ahead_s)
+
+    def _ahead_s(self) -> float:
+        """Of the machine's clock, where it was set after the controller's own began."""
+        return time.time() - self.clock()
 
     def _table_changed(self) -> None:
         """Changes that come close together are followed once."""
@@ -387,6 +355,7 @@ class FleetController:
             unwritten=self.controller.unwritten,
             telemetry_errors=self.feed.errors,
             samples_refused=self.window.refused,
+            loads_refused=self.watch.nonsense,
             heartbeats_lost=self._losses,
             journal_bytes=self._journal.used_bytes,
         )
@@ -409,9 +378,3 @@ def _course(fleet: Fleet) -> Course:
 
 def _start_timeouts(fleet: Fleet) -> dict[str, float]:
     return {group_of(fleet, spec): spec.start_timeout_s for spec in fleet.replicas}
-
-
-def _registered(state: ReplicaState) -> bool:
-    """Whether it had told what it is. Just after a take-over those that have may not have sent a report yet."""
-    told = state.load is not None or state.ready_since_s is not None
-    return state.phase in (Phase.WARMING, Phase.READY) or (told and state.phase is not Phase.LOST)

@@ -67,8 +67,7 @@ def encode(snapshot: ClusterSnapshot, before: ClusterSnapshot | None = None) -> 
     """A frame; to be decoded with the same `before`."""
     if before is None:
         return zlib.compress(msgspec.msgpack.encode(snapshot), COMPRESSION)
-    old = {replica.replica_id: replica for replica in before.replicas}
-    new = {replica.replica_id: replica for replica in snapshot.replicas}
+    old, new = before.replica_by_id, snapshot.replica_by_id
     delta = _Delta(
         now_s=snapshot.now_s,
         pass_number=snapshot.pass_number,
@@ -92,7 +91,7 @@ def decode(frame: bytes, before: ClusterSnapshot | None = None) -> ClusterSnapsh
     if before is None:
         return msgspec.msgpack.decode(data, type=ClusterSnapshot)
     delta = msgspec.msgpack.decode(data, type=_Delta)
-    old = {replica.replica_id: replica for replica in before.replicas}
+    old = before.replica_by_id
     rows = {name: _bare(replica) for name, replica in old.items() if name not in delta.gone}
     rows.update({replica.replica_id: replica for replica in delta.rows})
     bare = [rows[name] for name in sorted(rows)]

@@ -193,7 +193,7 @@ class Journal:
         return self._number("SELECT number FROM passes WHERE changes > 0 AND at_s <= ? ORDER BY number DESC LIMIT 1", until_s)
 
     def last_touch(self, subject: str, until_s: float = math.inf) -> int | None:
-        """Number of the latest pass with an action on a group, a role's groups or a replica, up to a time; None without any."""
+        """Number of the latest pass with an action on a group, role, node or replica, up to a time; None without any."""
         query = "SELECT number FROM touches WHERE subject = ? AND at_s <= ? ORDER BY number DESC LIMIT 1"
         found = self._number(query, subject, until_s)
         return found if found is not None else self._last_naming(subject, until_s)
@@ -305,16 +305,30 @@ def groups_of(snapshot: ClusterSnapshot, action: Action) -> tuple[str, ...]:
         case ChangeRole():
             return (action.source, action.target)
         case DrainReplica():
-            return tuple(one.group for one in snapshot.replicas if one.replica_id == action.replica_id)
+            replica = snapshot.replica_by_id.get(action.replica_id)
+            return () if replica is None else (replica.group,)
         case _:
             assert_never(action)
 
 
+def node_of(snapshot: ClusterSnapshot, action: Action) -> str:
+    """Name of the node that an action is about; empty where it is about none."""
+    match action:
+        case StartReplica():
+            return action.node
+        case ScaleRole():
+            return ""
+        case _:
+            replica = snapshot.replica_by_id.get(action.replica_id)
+            return "" if replica is None else replica.node
+
+
 def _touched(entry: Entry) -> set[str]:
-    """Groups and roles that `Journal.last_touch` finds the pass by."""
+    """Groups, roles and nodes that `Journal.last_touch` finds the pass by. Advice is given each second: it names no node."""
     groups = {name for action in entry.decision.actions for name in groups_of(entry.snapshot, action)}
     known = entry.snapshot.group_by_name
-    return groups | {known[name].role.value for name in groups if name in known}
+    nodes = {node_of(entry.snapshot, action) for action in entry.decision.actions} if entry.mode == "act" else set()
+    return groups | {known[name].role.value for name in groups if name in known} | nodes - {""}
 
 
 def _connect(path: Path, read_only: bool) -> sqlite3.Connection:

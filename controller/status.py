@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from cluster.actions import Decision
+from cluster.actions import Decision, ScaleRole
 from cluster.fleet import Fleet
-from cluster.replica import Membership, Replica
+from cluster.replica import Membership, Phase, Replica
 from cluster.slo import Slo
 from cluster.snapshot import ClusterSnapshot, Hold, Latency, ReplicaState, Workload
+from policies.expansion import Expansion
 
 FLOW_S = 15.0  # Over which the rate that is shown is meant.
 HELD = ("cordon", "drain")  # What may be said of a node, the stronger last.
@@ -92,6 +93,19 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     advised: bool = False
     """Only that: it is not carried out."""
+    index: int = 0
+    """Among the pass's actions."""
+    outcome: str = ""
+    """What became of it; empty while it is under way."""
+
+
+class HeldBack(msgspec.Struct, frozen=True, kw_only=True):
+    """A wish of the last pass that is not carried out, or not wholly."""
+
+    text: str
+    by: str
+    """The guard, or the policy that went before."""
+    why: str
 
 
 class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +139,10 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[ModelStatus, ...] = ()
     replicas: tuple[ReplicaStatus, ...] = ()
     holds: tuple[Hold, ...] = ()
+    held_back: tuple[HeldBack, ...] = ()
+    """By the last pass."""
+    nonsense: int = 0
+    """Load reports that could not be, and were left out."""
     changes: tuple[Change, ...] = ()
     """The latest, newest first."""
 
@@ -148,8 +166,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 def changes_of(number: int, at_s: float, mode: str, decision: Decision) -> tuple[Change, ...]:
     """What a pass changes."""
     return tuple(
-        Change(number=number, at_s=at_s, text=action.words, reason=action.reason.text, advised=mode != "act")
-        for action in decision.actions
+        Change(number=number, at_s=at_s, text=action.words, reason=action.reason.text, advised=mode != "act", index=index)
+        for index, action in enumerate(decision.actions)
     )
 
 
@@ -176,7 +194,18 @@ def fleet_status(
         models=tuple(_model(workload) for workload in snapshot.workloads),
         replicas=tuple(_replica(state, rows.get(state.replica_id)) for state in snapshot.replicas),
         holds=snapshot.holds,
+        held_back=_held_back(snapshot, decision),
         **more,  # type: ignore[arg-type]
+    )
+
+
+def _held_back(snapshot: ClusterSnapshot, decision: Decision) -> tuple[HeldBack, ...]:
+    """But for wishes to stay at what is."""
+    wanted = {name: group.wanted for name, group in snapshot.group_by_name.items()}
+    return tuple(
+        HeldBack(text=one.action.words, by=one.by, why=one.why)
+        for one in decision.dropped
+        if not isinstance(one.action, ScaleRole) or one.by == Expansion.__name__ or one.action.replicas != wanted[one.action.group]
     )
 
 
@@ -231,12 +260,17 @@ def _model(workload: Workload) -> ModelStatus:
     )
 
 
+def _phase(state: ReplicaState) -> str:
+    """`failed` for one that was lost before it ever served."""
+    return "failed" if state.phase is Phase.LOST and state.ready_since_s is None else state.phase.value
+
+
 def _replica(state: ReplicaState, row: Replica | None) -> ReplicaStatus:
     known = ReplicaStatus(
         replica_id=state.replica_id,
         group=state.group,
         role=state.role.value,
-        phase=state.phase.value,
+        phase=_phase(state),
         node=state.node,
         load_age_s=state.load_age_s,
     )

@@ -18,6 +18,7 @@ from cluster.ranges import at_least
 from cluster.replica import Phase
 from cluster.snapshot import ClusterSnapshot, FailedStart, Group, ReplicaState
 
+NAMED = 3  # In a reason; a whole node's replicas would fill a screen.
 _SERVES_LATER = {Phase.STARTING: 0, Phase.WARMING: 1}
 
 
@@ -55,7 +56,7 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             ]
             missing = action.replicas - len(present)
             expanded += self._drains(snapshot, action, present, -missing)
-            starts, why = self._starts(snapshot, _replacing(action, group, len(present)), group, room, missing)
+            starts, why = self._starts(snapshot, _replacing(snapshot, action, group, len(present)), group, room, missing)
             expanded += starts
             if len(starts) < missing:
                 why = f"{missing - len(starts)} of {missing} not started: {why}"
@@ -105,12 +106,19 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         ]
 
 
-def _replacing(action: ScaleRole, group: Group, present: int) -> ScaleRole:
+def _replacing(snapshot: ClusterSnapshot, action: ScaleRole, group: Group, present: int) -> ScaleRole:
     """Where no target rises, what is started is what is missing."""
     if action.replicas != group.wanted:
         return action
-    reason = msgspec.structs.replace(action.reason, text=f"{present} of the {action.replicas} that are wanted are there")
-    return msgspec.structs.replace(action, reason=reason)
+    lost = [f"{one.replica_id} on {one.node}" for one in missing(snapshot, group, action.replicas - present)[:NAMED]]
+    text = f"{present} of the {action.replicas} that are wanted are there" + (f"; lost: {', '.join(lost)}" if lost else "")
+    return msgspec.structs.replace(action, reason=msgspec.structs.replace(action.reason, text=text))
+
+
+def missing(snapshot: ClusterSnapshot, group: Group, count: int) -> Sequence[ReplicaState]:
+    """The last that a group has lost, newest first: as many as it lacks, where so many are remembered."""
+    lost = (replica for replica in snapshot.replicas_by_group[group.name] if replica.phase is Phase.LOST)
+    return sorted(lost, key=lambda replica: (-replica.phase_since_s, replica.replica_id))[: max(0, count)]
 
 
 def removal_order(snapshot: ClusterSnapshot, replica: ReplicaState) -> tuple[int, bool, bool, int, float, str]:

@@ -111,7 +111,7 @@ class DisruptionBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         share(leaving_share=self.leaving_share)
 
     def limit(self, snapshot: ClusterSnapshot, actions: Sequence[Action]) -> Verdict:
-        states = {replica.replica_id: replica for replica in snapshot.replicas}
+        states = snapshot.replica_by_id
         drained: Counter[str] = Counter()
 
         def limit(action: Action) -> tuple[Action | None, str]:

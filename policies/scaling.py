@@ -69,7 +69,8 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             return _target(group, _clamp(needed, low, high), why, numbers)
         if enough < group.wanted and self._settled(group, snapshot.now_s) and reaches_back(workload, self.window):
             nearest = carries_rest(enough).binding
-            why = f"{enough} carry {down.rate_rps:.2f} requests/s, an upper bound with its margin; {nearest} is nearest"
+            bound = f"{enough} carry {down.rate_rps:.2f} requests/s, an upper bound with its margin; {nearest} is nearest"
+            why = bound if down.rate_rps > 0.0 else "nothing arrives"
             return _target(group, _clamp(enough, low, high), why, numbers)
         return _target(group, _clamp(group.wanted, low, high), "neither a sure rise nor a sure fall", numbers)
 

@@ -41,7 +41,9 @@ def check_unique(names: Sequence[str], field: str) -> None:
 
 def check_at_least(value: float, low: float, place: str) -> None:
     """Of finite numbers."""
-    if not value >= low:
+    if math.isnan(value):
+        raise InvalidConfig(f"{place} {value} is no number")
+    if value < low:
         raise InvalidConfig(f"{place} {value} is below {low}")
     check_at_most(value, sys.float_info.max, place)
 

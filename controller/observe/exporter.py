@@ -23,6 +23,7 @@ class Tallies(msgspec.Struct, frozen=True, kw_only=True):
     unwritten: int = 0
     telemetry_errors: int = 0
     samples_refused: int = 0
+    loads_refused: int = 0
     heartbeats_lost: int = 0
     journal_bytes: int = 0
 
@@ -43,7 +44,7 @@ class ControllerMetrics(Collector):
 
     def collect(self) -> list[Any]:
         tallies = self._tallies()
-        for name in ("failures", "unwritten", "telemetry_errors", "samples_refused", "heartbeats_lost"):
+        for name in ("failures", "unwritten", "telemetry_errors", "samples_refused", "loads_refused", "heartbeats_lost"):
             self._all[f"mobula_controller_{name}_total"].inc(max(0, getattr(tallies, name) - getattr(self._told, name)))
         self._all["mobula_controller_journal_bytes"].set(tallies.journal_bytes)
         self._told = tallies

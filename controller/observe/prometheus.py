@@ -7,8 +7,9 @@ answers goes through the one door.
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import aiohttp
 import msgspec
@@ -18,8 +19,11 @@ from cluster.metrics import GATEWAY_METRICS
 from controller.observe.counters import Series
 from controller.observe.window import MAX_SERIES, Labels, Window
 
+log = logging.getLogger(__name__)
+
 TIMEOUT_S = 2.0  # Of one query. What was known stays in force, and ages.
 SLICE_S = 30.0  # Asked for at once: of as many series as a window holds that is some 16 MB.
+CLOCK_STEP_S = 1.0  # Less is drift, which no bucket shows.
 LATE_S = 15.0  # Samples bear the time at which their scrape began and come when it has ended: 10 s later at most, by default.
 MAX_ANSWER_BYTES = 32 * 2**20
 OWN_LABELS = frozenset({"instance", "le"}.union(*(metric.labels for metric in GATEWAY_METRICS)))
@@ -48,17 +52,24 @@ class _Answer(msgspec.Struct):
 class Prometheus:
     """A server by its URL, and the samples of one fleet there."""
 
-    def __init__(self, url: str, span_s: float, fleet: str) -> None:
-        """fleet: the label that service discovery gives to every target of the fleet."""
+    def __init__(self, url: str, span_s: float, fleet: str, ahead: Callable[[], float] = lambda: 0.0) -> None:
+        """fleet: the label that service discovery gives to every target of the fleet.
+
+        ahead: seconds by which this machine's clock, which is taken for the server's, is ahead of the times that `series` is given.
+        """
         self._url = url.rstrip("/")
         self._span_s = span_s
         self._fleet = fleet
+        self._ahead, self._ahead_s = ahead, 0.0
         self._window = Window(span_s)
         self._read_until_s = -math.inf
         self._session: aiohttp.ClientSession | None = None
 
     async def series(self, names: Sequence[str], now_s: float) -> Mapping[str, Sequence[Series]]:
         """Every series of each name within the span before `now_s`, in the order of their labels. Raises Unreachable."""
+        if abs(self._ahead() - self._ahead_s) > CLOCK_STEP_S:
+            self._ahead_s = self._ahead()
+            log.warning("the machine's clock has been set: Prometheus is asked for %.1f s later", self._ahead_s)
         start_s = max(now_s - self._span_s, min(self._read_until_s, now_s) - LATE_S)
         while start_s < now_s:
             end_s = min(start_s + SLICE_S, now_s)
@@ -72,6 +83,7 @@ class Prometheus:
 
     async def _ask(self, names: Sequence[str], start_s: float, end_s: float) -> list[tuple[str, Labels, list[tuple[float, float]]]]:
         """Name, labels and samples of each series. One query for all names, so that all are as of one moment."""
+        start_s, end_s = start_s + self._ahead_s, end_s + self._ahead_s
         selector = f'{{__name__=~"{"|".join(names)}",fleet={json.dumps(self._fleet)}}}'
         # PromQL's range may be open at its start; a millisecond, its resolution, more makes it closed.
         parameters = {"query": f"{selector}[{round((end_s - start_s) * 1000) + 1}ms]", "time": f"{end_s:.3f}"}
@@ -107,7 +119,7 @@ class Prometheus:
         """The window leaves out what it has, and what is no count."""
         for name, labels, samples in read:
             for at_s, value in samples:
-                self._window.take(name, labels, at_s, value)
+                self._window.take(name, labels, at_s - self._ahead_s, value)
 
 
 def _read(matrix: _Matrix, start_s: float, end_s: float) -> tuple[str, Labels, list[tuple[float, float]]] | None:

@@ -6,6 +6,7 @@ of one node that fall silent together are lost together, once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
@@ -17,6 +18,8 @@ from controller.observe.assemble import Heard, Started
 from controller.observe.machines import Machines
 from controller.registry import Registry
 from transports.messages import FromWorker, Report
+
+log = logging.getLogger(__name__)
 
 SILENCE_S = 5.0  # Five reports: a worker paused by a busy machine is not taken for dead, and nobody waits long for a dead one.
 TOGETHER_S = SILENCE_S / 2  # Silent for so long on a node of which another worker is lost: the node is what was lost.
@@ -60,7 +63,9 @@ class Watch:
         self._listed_s = 0.0
         self._swept_s: float | None = None
         self.nonsense = 0
-        """Loads that were dropped: of replicas their worker does not host, or with counts that cannot be."""
+        """Loads that were dropped: of replicas that another worker hosts, or with counts that cannot be."""
+        self._refused: set[str] = set()
+        """Workers of whose nonsense the log tells."""
 
     # What comes in
 
@@ -72,8 +77,10 @@ class Watch:
         phases = {}
         for load in message.loads:
             row = self._registry.table.replicas.get(load.replica_id)
-            if row is None or row.worker_id != worker_id or not _sane(load):
-                self.nonsense += 1
+            if row is None:  # It has just gone.
+                continue
+            if row.worker_id != worker_id or not _sane(load):
+                self._refuse(worker_id, load)
                 continue
             self.heard_loads[load.replica_id] = Heard(load=load, at_s=self._clock())
             phases[load.replica_id] = load.phase
@@ -125,6 +132,12 @@ class Watch:
 
     # What follows
 
+    @property
+    def silent(self) -> frozenset[str]:
+        """Workers from which nothing came for too long, as of this moment."""
+        now_s = self._clock()
+        return frozenset(name for name, worker in self._workers.items() if now_s - worker.heard_s > SILENCE_S)
+
     def sweep(self) -> tuple[Loss, ...]:
         """Give up who is dead."""
         self._excuse_own_delay()
@@ -170,8 +183,15 @@ class Watch:
             )
             self.remember_lost([state])
 
+    def _refuse(self, worker_id: str, load: Load) -> None:
+        self.nonsense += 1
+        if worker_id not in self._refused:
+            log.warning("%s reports what cannot be, and is not believed: %s", worker_id, load)
+            self._refused.add(worker_id)
+
     def _give_up(self, worker_id: str, why: str) -> Loss:
         worker = self._workers.pop(worker_id)
+        self._refused.discard(worker_id)
         states = tuple(self._lost_state(row) for row in self._registry.table.remove_worker(worker_id))
         self.remember_lost(states)
         return Loss(worker_id=worker_id, node=worker.node, why=why, replicas=states)

@@ -208,7 +208,7 @@ def test_json_is_the_whole_answer(played: Path, passes: list[Entry], capsys):
         (("--at", "soon"), "--at 'soon' is no time"),
         (("--at", "-5m", "--pass", "3"), "--at and --pass name two passes; give one"),
         (("--request", "r", "--pass", "3"), "--request stands alone"),
-        (("decoed",), "decoed is no replica, role or group of pass 155; near it are decode"),
+        (("decoed",), "decoed is no replica, role, group or node of pass 155; near it are decode"),
     ],
 )
 def test_what_is_not_there_is_refused_in_a_line(played: Path, capsys, words: tuple[str, ...], said: str):

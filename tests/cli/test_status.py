@@ -11,7 +11,7 @@ from cli.main import main
 from cli.status import fitted, screen
 from cluster.slo import Slo
 from cluster.snapshot import Hold, Latency
-from controller.status import Change, FleetStatus, GroupStatus, ModelStatus, NodeStatus, ReplicaStatus
+from controller.status import Change, FleetStatus, GroupStatus, HeldBack, ModelStatus, NodeStatus, ReplicaStatus
 from tests.cli.fake_answerer import FakeAnswerer
 
 READY = ReplicaStatus(
@@ -59,6 +59,15 @@ def test_hands_cost_and_last_decisions_are_told():
     assert "$1.50/h in use of $3.00/h" in text
     assert "pin tiny/decode/a100-spot to 2 by ada until" in text
     assert "start decode-a100-spot-11 on spot-a: 1 do not carry 9.00/s: TPOT" in text
+
+
+def test_what_became_of_a_decision_and_what_is_held_back_are_told():
+    failed = msgspec.structs.replace(STATUS.changes[0], outcome="failed: node spot-a is down")
+    held = HeldBack(text="tiny/decode/a100-spot to 3", by="Expansion", why="1 of 1 not started: starts failed 5 times")
+    text = " ".join(lines(msgspec.structs.replace(STATUS, changes=(failed,), held_back=(held,), nonsense=2)))
+    assert "1 do not carry 9.00/s: TPOT; failed: node spot-a is down" in text
+    assert "held back: tiny/decode/a100-spot to 3: 1 of 1 not started: starts failed 5 times (Expansion)" in text
+    assert "2 load reports could not be" in text
 
 
 def test_figures_of_telemetry_that_is_stale_are_not_shown_as_if_they_were_true():

@@ -53,11 +53,20 @@ def test_one_can_ask_for_a_group_a_role_or_a_replica(tmp_path: Path, only: str):
     assert [one.group for one in explain(journal, 1, only).groups] == ["m/decode/p"]
 
 
+def test_one_can_ask_for_a_node(tmp_path: Path):
+    journal = journal_of(tmp_path / "j", [2.0, 60.0, 60.0])
+    start = next(one for one in journal.entry(2).decision.actions if one.group == "m/decode/p")
+    assert journal.last_touch(start.node, NOW_S + 2) == 2
+    told = {one.group: one for one in explain(journal, 2, start.node).groups}
+    assert start.words in [step.action for step in told["m/decode/p"].actions]
+    assert all(step.action.endswith(f"on {start.node}") for one in told.values() for step in one.actions)
+
+
 def test_what_is_not_there_is_refused_by_name(tmp_path: Path):
     journal = journal_of(tmp_path / "j", [2.0])
     with pytest.raises(InvalidRequest, match="pass 9 is not in the journal"):
         explain(journal, 9)
-    with pytest.raises(InvalidRequest, match="nobody is no replica, role or group of pass 1; groups are m/prefill/p, m/decode/p"):
+    with pytest.raises(InvalidRequest, match="nobody is no replica, role, group or node of pass 1; groups are m/prefill/p"):
         explain(journal, 1, "nobody")
 
 

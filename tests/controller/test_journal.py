@@ -74,7 +74,7 @@ def test_other_schema_and_what_is_no_journal_are_refused(tmp_path: Path):
     Journal(tmp_path / "j").close()
     with sqlite3.connect(tmp_path / "j") as db:
         db.execute("UPDATE journal SET schema = 99")
-    with pytest.raises(InvalidTrace, match="schema 99; this release reads 1"):
+    with pytest.raises(InvalidTrace, match="schema 99; this release reads 2"):
         Journal(tmp_path / "j")
     (tmp_path / "text").write_text("not a database, but a text that is long enough to be read as a header\n" * 10)
     with pytest.raises(InvalidTrace, match="is no journal"):

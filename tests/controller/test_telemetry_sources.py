@@ -126,6 +126,21 @@ async def test_a_clock_that_steps_back_reads_on(server: Server, prometheus: Prom
     assert theirs[NAMES[0]][0].times_s[0] == NOW_S - module.LATE_S
 
 
+async def test_a_machine_whose_clock_is_set_reads_on_in_its_own_time(server: Server):
+    ahead_s = 0.0
+    source = Prometheus(server.url, SPAN_S, "f", lambda: ahead_s)
+    before = await source.series(NAMES, NOW_S - 20)
+    assert before[NAMES[0]][0].times_s[-1] == NOW_S - 20
+    ahead_s = 15.0
+    after = await source.series(NAMES, NOW_S - 15)
+    assert after[NAMES[0]][0].times_s[-1] == NOW_S - 15
+    assert server.asked[-1][1] == pytest.approx(NOW_S, abs=0.01)
+    ahead_s += module.CLOCK_STEP_S / 2
+    await source.series(NAMES, NOW_S - 15)
+    assert server.asked[-1][1] == pytest.approx(NOW_S, abs=0.01)
+    await source.close()
+
+
 async def test_series_scraped_twice_count_once(server: Server, prometheus: Prometheus):
     async def twice(query: str, now_s: float) -> web.StreamResponse:
         series = [server.matrix(NAMES[0], now_s - SPAN_S, now_s) for _ in range(2)]

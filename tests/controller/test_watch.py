@@ -110,8 +110,8 @@ def test_an_engine_that_ended_in_a_living_worker_is_lost_with_it(world: World):
 
 
 def test_nonsense_is_dropped_and_counted(world: World):
-    mad = (load("of-w2"), load("unknown"), load("of-w0", running=-1), load("of-w0", kv_tokens=2**63))
-    world.watch.heard("w0", Report(loads=mad))
+    mad = (load("of-w2"), load("of-w0", running=-1), load("of-w0", kv_tokens=2**63))
+    world.watch.heard("w0", Report(loads=(*mad, load("just-gone"))))
     assert world.watch.nonsense == len(mad)
     assert world.watch.heard_loads == {}
 
