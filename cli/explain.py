@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -16,15 +15,15 @@ from rich.text import Text
 
 from cli.figures import figure
 from cli.journals import FleetName, JournalFile, home_of, opened
+from cli.patience import patience
 from cli.times import clock, spell, until
 from cluster.errors import InvalidConfig, InvalidRequest
 
 if TYPE_CHECKING:
-    from controller.explanation import Answer, GroupAnswer, Step, Told
+    from controller.explanation import Answer, GroupAnswer, Step
     from controller.journal import Journal
     from policies.counterfactual import Flip
 
-PATIENCE_S = 1.0  # A progress bar that would be gone before it is read is not shown.
 MOST_STEPS = 8  # Of one group; all of them are in --json.
 MOST_NUMBERS_IN_LINE = 4
 EVERY_DIGIT = 15  # Of a stated turning point: rounded, it might not turn.
@@ -108,27 +107,6 @@ def choose(journal: Journal, subject: str | None, until_s: float | None, now_s: 
         return in_force
     changed = journal.last_change()
     return in_force if changed is None else changed
-
-
-@contextmanager
-def patience(what: str) -> Iterator[Told]:
-    """A progress bar on a terminal for what takes longer than a moment."""
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    began_s = time.monotonic()
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task(what, total=None)
-
-    def told(done: int, of: int) -> None:
-        bar.update(task, completed=done, total=of)
-        if time.monotonic() - began_s > PATIENCE_S:
-            bar.start()
-
-    try:
-        yield told
-    finally:
-        bar.stop()
 
 
 def whence(journal: Journal, answer: Answer, subject: str | None) -> str:

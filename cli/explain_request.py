@@ -15,6 +15,7 @@ from rich.text import Text
 from cli.ask import ask
 from cli.figures import figure
 from cli.fleet_home import FleetHome
+from cli.patience import patience
 from cluster.errors import InvalidConfig, InvalidRequest
 from cluster.fleet import Fleet
 from cluster.record import CandidateRecord, RequestRecord
@@ -48,8 +49,6 @@ def fleet_of(home: FleetHome) -> Fleet:
 
 def find(directory: Path, request_id: str) -> list[RequestRecord]:
     """The request of that id, or all choices of the answer or HTTP request of that id. Newest files first, as far as needed."""
-    from cli.explain import patience
-
     files = sorted(directory.glob("requests-*.jsonl*"), key=lambda path: -path.stat().st_mtime)
     with patience("reading the request log") as told:
         for done, path in enumerate(files):
