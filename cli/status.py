@@ -25,7 +25,6 @@ GONE = ("lost", "failed", "stopped")
 SHOWN_REPLICAS = 40  # More do not fit a screen; `--json` has all.
 SHOWN_CHANGES = 5
 FEWEST_REPLICAS = 3  # On however small a terminal.
-STALE_S = 15.0  # As `policies.guards:StaleTelemetry` has it, unless told otherwise.
 NEVER_S = 1e9  # Ages are counted from 1970 where nothing was ever heard.
 
 
@@ -81,7 +80,7 @@ def _parts(now: FleetStatus, most: int) -> Iterator[RenderableType]:
         count = "" if hold.replicas is None else f" to {hold.replicas}"
         yield Text(f"{hold.kind} {hold.target}{count} by {hold.author} until {until}".replace("  ", " "), style="yellow")
     for model in now.models:
-        if model.age_s > STALE_S:
+        if model.stale:
             yield Text(f"telemetry of {model.model} is {_age(model.age_s)}: its rate and latencies are unknown", style="red")
     yield _table("model", ("rate", "queued", "running", "TTFT P99", "TPOT P99", "in SLO"), map(_model, now.models))
     yield _table("group", ("ready", "wanted", "min", "max"), map(_group, now.groups))
@@ -126,7 +125,7 @@ def _age(age_s: float) -> str:
 
 
 def _model(model: ModelStatus) -> tuple[str | Text, ...]:
-    if model.age_s > STALE_S:
+    if model.stale:
         return (model.model, *["unknown"] * 6)
     share = "-" if model.attainment is None else f"{model.attainment:.1%}"
     missed = model.attainment is not None and model.attainment < 0.99

@@ -33,13 +33,15 @@ def limits_of(spec: ReplicaGroup) -> tuple[int, int]:
 
 
 def limits_at(spec: ReplicaGroup, now_s: float) -> tuple[int, int]:
-    """Least and most at a Unix time, schedules included. Where two that overlap leave no number, the least holds."""
+    """Least and most at a Unix time, schedules included. Where two that overlap leave no number, the later one's limit holds."""
     low, high = limits_of(spec)
     for schedule in spec.schedules:
         if schedule.covers(now_s):
-            low = low if schedule.min_replicas is None else schedule.min_replicas
-            high = high if schedule.max_replicas is None else schedule.max_replicas
-    return low, max(low, high)
+            if schedule.min_replicas is not None:
+                low, high = schedule.min_replicas, max(high, schedule.min_replicas)
+            if schedule.max_replicas is not None:
+                low, high = min(low, schedule.max_replicas), schedule.max_replicas
+    return low, high
 
 
 def slots_of(fleet: Fleet, node: NodeSpec) -> int:

@@ -105,8 +105,7 @@ class Controller:
         entry = Entry(
             epoch=self._epoch, pipeline=course.text, mode=course.mode, snapshot=snapshot, decision=decision, shadows=shadows
         )
-        self._write(entry.number, lambda: self.journal.write(entry))
-        self.unwritten += self.journal.in_memory
+        written = self._write(entry.number, lambda: self.journal.write(entry))
         self._acknowledge()
         acts = course.mode == "act"
         settled = self._actuator.settle(snapshot, after(self.memory, snapshot, decision, applied=acts))
@@ -114,6 +113,7 @@ class Controller:
         self._outcomes = (*self._outcomes, *settled.outcomes)[-MAX_OUTCOMES:]
         if self._outcomes and self._write(entry.number, lambda: self.journal.add(self._outcomes)):
             self._outcomes = ()
+        self.unwritten += self.journal.in_memory or bool(self._outcomes) or not written
         if acts:
             self._actuator.apply(snapshot.pass_number, decision.actions)
         self._passed(snapshot, decision, self._clock() - began_s)
@@ -137,7 +137,6 @@ class Controller:
         try:
             write()
         except OSError as error:
-            self.unwritten += 1
             log.error("pass %d is not wholly in the journal: %s", number, error)
             return False
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import secrets
 import time
@@ -46,6 +47,8 @@ from controller.registry import TOGETHER_S, Registry
 from controller.status import Change, Failure, FleetStatus, Progress, changes_of, fleet_status
 from controller.steady_clock import steady_clock
 from controller.taking_over import TakingOver
+from policies.guards import StaleTelemetry
+from policies.pipeline import Pipeline
 from transports.links import WorkerLinks
 from transports.messages import WATCHER
 from transports.transport import Transport
@@ -109,6 +112,7 @@ class FleetController:
             telemetry=self.feed.latest,
             bury=self._bury,
             clock=self.clock,
+            ahead=self._ahead_s,
         )
         self._observer = observer
         self._metrics = ControllerMetrics(self.epoch, self._tallies)
@@ -161,19 +165,26 @@ class FleetController:
             task.cancel()
         rows = tuple(self.registry.table.membership.replicas)
         nodes = {row.worker_id: row.node for row in rows}
+        ends: dict[str, asyncio.Task[None]] = {}
+
+        def end(workers: Iterable[str]) -> None:
+            for worker_id in workers:
+                ends.setdefault(worker_id, asyncio.create_task(self._hosts.end(worker_id, nodes.get(worker_id, ""))))
+
         drains = asyncio.gather(*(self._drain(row, drain_s) for row in rows))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(drain_s + SILENCE_S):
-                while left := (await self._hosts.inventory()).workers & nodes.keys():
-                    for worker_id in left & self.watch.silent:
-                        await self._hosts.end(worker_id, nodes[worker_id])
-                    await asyncio.sleep(END_POLL_S)  # A process that ends tells nobody.
-        drains.cancel()
-        for worker_id in (await self._hosts.inventory()).workers:
-            await self._hosts.end(worker_id, nodes.get(worker_id, ""))
-        await self._links.close()
-        await self._server.close()
-        self._journal.close()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(drain_s + SILENCE_S):
+                    while left := (await self._hosts.inventory()).workers & nodes.keys():
+                        end(left & self.watch.silent)
+                        await asyncio.sleep(END_POLL_S)  # A process that ends tells nobody.
+            end((await self._hosts.inventory()).workers)
+            await asyncio.gather(*ends.values())
+        finally:
+            drains.cancel()
+            await self._links.close()
+            await self._server.close()
+            self._journal.close()
 
     async def _drain(self, row: Replica, drain_s: float) -> None:
         with contextlib.suppress(MobulaError):
@@ -242,6 +253,7 @@ class FleetController:
             self.fleet,
             *self._passed,
             self.registry.table.membership,
+            _stale_s(self.controller.course.pipeline),
             epoch=self.epoch,
             mode=self.fleet.control.mode,
             gateways=tuple(f"{self.fleet.scheme}://{address}" for address in self.registry.gateways()),
@@ -330,7 +342,9 @@ class FleetController:
 
     def _note(self, snapshot: ClusterSnapshot, decision: Decision, pass_s: float) -> None:
         self._passed = (snapshot, decision)
-        self._changes.extendleft(changes_of(snapshot.pass_number, snapshot.now_s, self.controller.course.mode, decision))
+        told = {change.text for change in self._changes if change.advised}  # Advice is given again each second.
+        changes = changes_of(snapshot.pass_number, snapshot.now_s, self.controller.course.mode, decision)
+        self._changes.extendleft(change for change in changes if not change.advised or change.text not in told)
         self._metrics.passed(snapshot, decision, pass_s)
         if self.controller.course.text == KEEP_TEXT and self._is_up(snapshot):
             self.controller.course = _course(self.fleet)
@@ -374,6 +388,11 @@ def _course(fleet: Fleet) -> Course:
         mode=control.mode,
         challengers={name: build(spec, f"control.challengers.{name}") for name, spec in control.challengers.items()},
     )
+
+
+def _stale_s(pipeline: Pipeline) -> float:
+    """Beyond which telemetry stops being acted upon; never where nobody guards against it."""
+    return min((guard.stale_s for guard in pipeline.guards if isinstance(guard, StaleTelemetry)), default=math.inf)
 
 
 def _start_timeouts(fleet: Fleet) -> dict[str, float]:

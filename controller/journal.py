@@ -6,12 +6,13 @@ A pass is written before its actions are carried out. Snapshots are frames (`fra
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 import msgspec
 
@@ -19,6 +20,8 @@ from cluster.actions import Action, ChangeRole, Decision, DrainReplica, ScaleRol
 from cluster.errors import InvalidTrace
 from cluster.snapshot import ClusterSnapshot
 from controller.frames import decode, encode
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 2  # Rises when a field's meaning changes or one goes; other journals are refused.
 KEYFRAME_EVERY = 60  # Reading one pass decodes at most so many frames.
@@ -153,13 +156,11 @@ class Journal:
 
     def unsettled(self, since_s: float) -> tuple[tuple[int, int, float, Action], ...]:
         """Actions since a time of which no outcome is known, oldest first: pass, index, the pass's time, action."""
-        rows = self._db.execute(
-            "SELECT number, at_s, decision FROM passes WHERE changes > 0 AND mode = 'act' AND at_s >= ? ORDER BY number", (since_s,)
-        )
+        query = "SELECT number, at_s, decision FROM passes WHERE changes > 0 AND mode = 'act' AND at_s >= ? ORDER BY number"
         found = []
-        for number, at_s, decision in rows.fetchall():
-            settled = {outcome.action for outcome in self.outcomes(number)}
-            actions = enumerate(_unpacked(decision).actions)
+        for number, at_s, decision in self._readable(query, since_s):
+            actions = enumerate(decision.actions)
+            settled = {action for (action,) in self._db.execute("SELECT action FROM outcomes WHERE number = ?", (number,))}
             found += [(number, index, at_s, action) for index, action in actions if index not in settled]
         return tuple(found)
 
@@ -261,11 +262,9 @@ class Journal:
 
     def changes(self, since_s: float = -math.inf, *, most: int) -> list[Choice]:
         """The latest passes that had something done, in order, without their shadows."""
-        rows = self._db.execute(
-            "SELECT number, at_s, mode, decision FROM passes WHERE changes > 0 AND at_s >= ? ORDER BY number DESC LIMIT ?",
-            (since_s, most),
-        )
-        return [Choice(number=row[0], at_s=row[1], mode=row[2], decision=_unpacked(row[3])) for row in rows][::-1]
+        query = "SELECT number, at_s, mode, decision FROM passes WHERE changes > 0 AND at_s >= ? ORDER BY number DESC LIMIT ?"
+        rows = self._readable(query, since_s, most)
+        return [Choice(number=row[0], at_s=row[1], mode=row[2], decision=row[3]) for row in rows][::-1]
 
     def choices(self, since_s: float = -math.inf) -> Iterator[Choice]:
         """Every pass since a time, in order."""
@@ -287,6 +286,16 @@ class Journal:
 
     def close(self) -> None:
         self._db.close()
+
+    def _readable(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Rows that end with a decision. A damaged pass is left out: whoever takes over can do without one of long ago."""
+        rows, found = self._db.execute(query, values).fetchall(), []
+        for *row, packed in rows:
+            try:
+                found.append((*row, _unpacked(packed)))
+            except (zlib.error, msgspec.DecodeError) as error:
+                log.error("pass %d of %s is damaged, and left out: %s", row[0], self._path, error)
+        return found
 
     def _number(self, query: str, *values: object) -> int | None:
         row = self._db.execute(query, values).fetchone()

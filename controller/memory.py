@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -78,9 +78,13 @@ def with_start(memory: Memory, group: str, took_s: float) -> Memory:
     return _with_group(memory, group, msgspec.structs.replace(known, startup_s=round(startup_s, 3)))
 
 
-def with_failed_start(memory: Memory, failure: FailedStart) -> Memory:
-    recent = (one for one in memory.failed_starts if failure.at_s - one.at_s < FORGET_S)
-    return msgspec.structs.replace(memory, failed_starts=(*recent, failure))
+def with_failed_starts(memory: Memory, failures: Sequence[FailedStart]) -> Memory:
+    """Those that were not known; and without those of long ago."""
+    if not failures:
+        return memory
+    now_s = max(one.at_s for one in failures)
+    recent = (one for one in memory.failed_starts if now_s - one.at_s < FORGET_S)
+    return msgspec.structs.replace(memory, failed_starts=tuple(dict.fromkeys((*recent, *failures))))
 
 
 def with_hold(memory: Memory, hold: Hold) -> Memory:

@@ -81,6 +81,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the last minute's requests inside their SLO; None where none ended."""
     age_s: float
     """Of these figures."""
+    stale: bool = False
+    """Too old to be acted upon, as the guard of the pipeline has it."""
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,9 +174,9 @@ def changes_of(number: int, at_s: float, mode: str, decision: Decision) -> tuple
 
 
 def fleet_status(
-    fleet: Fleet, snapshot: ClusterSnapshot, decision: Decision, membership: Membership, **more: object
+    fleet: Fleet, snapshot: ClusterSnapshot, decision: Decision, membership: Membership, stale_s: float, **more: object
 ) -> FleetStatus:
-    """more: those fields that are not the snapshot's to know."""
+    """stale_s: age of telemetry that is not acted upon any more. more: those fields that are not the snapshot's to know."""
     rows = {row.replica_id: row for row in membership.replicas}
     there: dict[str, list[ReplicaState]] = {}
     for replica in snapshot.replicas:
@@ -191,7 +193,7 @@ def fleet_status(
         power_w=sum(node.power_w for node in nodes),
         nodes=nodes,
         groups=tuple(_group(snapshot, decision, name) for name in snapshot.group_by_name),
-        models=tuple(_model(workload) for workload in snapshot.workloads),
+        models=tuple(_model(workload, stale_s) for workload in snapshot.workloads),
         replicas=tuple(_replica(state, rows.get(state.replica_id)) for state in snapshot.replicas),
         holds=snapshot.holds,
         held_back=_held_back(snapshot, decision),
@@ -244,7 +246,7 @@ def _group(snapshot: ClusterSnapshot, decision: Decision, name: str) -> GroupSta
     )
 
 
-def _model(workload: Workload) -> ModelStatus:
+def _model(workload: Workload, stale_s: float) -> ModelStatus:
     last = workload.buckets[-round(FLOW_S / workload.bucket_s) :]
     span_s = len(last) * workload.bucket_s
     return ModelStatus(
@@ -257,6 +259,7 @@ def _model(workload: Workload) -> ModelStatus:
         tpot=workload.tpot,
         attainment=workload.attainment,
         age_s=workload.age_s,
+        stale=workload.age_s > stale_s,
     )
 
 

@@ -141,7 +141,7 @@ def flip(answer: GroupAnswer) -> str:
     if not answer.flips:
         return "-"
     nearest = answer.flips[0]
-    return f"{nearest.lever} {nearest.turns_at:.3g} {nearest.unit} instead of {nearest.was:.3g}: {nearest.outcome}"
+    return f"{nearest.lever} {nearest.turns_at:.15g} {nearest.unit} instead of {nearest.was:.3g}: {nearest.outcome}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from cluster.replica import Phase, Role
 from cluster.snapshot import ClusterSnapshot, Group, ReplicaState, Workload
 from policies import levers
 from policies.expansion import removal_order
-from policies.flow import Flow, Window, fallen, reaches_back, risen
+from policies.flow import Flow, Window, fallen, kept, reaches_back, risen
 from policies.sizing import Bounds, decode_fits, measured, prefill_fits, smallest
 
 
@@ -62,7 +62,7 @@ class Disaggregation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         worst = self._need(prefill, decode, fallen(workload, self.window), workload)
         apart = prefill.wanted > 0
         saved = [need.prefill + need.decode - need.together for need in (now, worst)]
-        if apart and min(saved) >= 1 and worst.together <= decode.max_replicas:
+        if apart and min(saved) >= 1 and worst.together <= decode.max_replicas and kept(workload, self.window):
             text = f"together {worst.together} replicas do what {worst.prefill} + {worst.decode} do apart"
             return _bundle(prefill, 0, decode, max(worst.together, decode.min_replicas), text)
         if not apart and max(saved) <= -1 and now.prefill <= prefill.max_replicas:

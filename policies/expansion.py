@@ -116,8 +116,10 @@ def _replacing(snapshot: ClusterSnapshot, action: ScaleRole, group: Group, prese
 
 
 def missing(snapshot: ClusterSnapshot, group: Group, count: int) -> Sequence[ReplicaState]:
-    """The last that a group has lost, newest first: as many as it lacks, where so many are remembered."""
-    lost = (replica for replica in snapshot.replicas_by_group[group.name] if replica.phase is Phase.LOST)
+    """The last that a group has lost since its target rose, newest first: as many as it lacks, where so many are remembered."""
+    since_s = group.changed_up_s or 0.0
+    replicas = snapshot.replicas_by_group[group.name]
+    lost = (replica for replica in replicas if replica.phase is Phase.LOST and replica.phase_since_s >= since_s)
     return sorted(lost, key=lambda replica: (-replica.phase_since_s, replica.replica_id))[: max(0, count)]
 
 

@@ -56,7 +56,8 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Standard deviations of a count: looked at each second, three are passed by chance each few hours, four once in some weeks."""
     kept_share: float = 0.9
     """Until surely fewer requests are measured to be inside their SLO, a rise must be sure: not even the longest window's mean is
-    believed as it is. Sized for 0.99, a fleet misses a few of a hundred where the load swings about what it carries."""
+    believed as it is. And while fewer are, nothing is taken away. Sized for 0.99, a fleet misses a few of a hundred where the load
+    swings about what it carries."""
 
     def __post_init__(self) -> None:
         if not self.rise_s or list(self.rise_s) != sorted(set(self.rise_s)):
@@ -120,15 +121,20 @@ def fallen(workload: Workload, window: Window) -> Flow:
 
 
 def missed(workload: Workload, window: Window) -> bool:
-    """Whether surely fewer than `window.kept_share` of the requests are inside their SLO, or that is not known.
+    """Whether surely fewer than `window.kept_share` of the requests are inside their SLO, or none ends at all.
 
     How sure one is, the count of the span says over which it was measured.
     """
-    if workload.attainment is None:
-        return True
+    if workload.attainment is None:  # Without an SLO nothing is missed.
+        return workload.ttft is None
     count = max(1.0, _requests(_last(workload, LATENCY_SPAN_S)))
     error = math.sqrt(window.kept_share * (1.0 - window.kept_share) / count)
     return workload.attainment < window.kept_share - window.sigmas * error
+
+
+def kept(workload: Workload, window: Window) -> bool:
+    """Whether enough requests are inside their SLO for something to be taken away, as far as is known."""
+    return workload.attainment is None or workload.attainment >= window.kept_share
 
 
 def reaches_back(workload: Workload, window: Window) -> bool:

@@ -27,7 +27,7 @@ class Paused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class StaleTelemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is not known any more is not acted upon: the target in force stays."""
+    """What is not known any more is not acted upon: the target in force stays, within the group's limits."""
 
     stale_s: float = 15.0
     """Age of a model's workload at which it is stale. A scrape or two may be missed; in more than this a burst may come and go."""
@@ -45,7 +45,11 @@ class StaleTelemetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         workload = snapshot.workload_by_model.get(group.model)
         if workload is None or workload.age_s <= self.stale_s:
             return action, ""
-        return _held(snapshot, action, f"telemetry of {group.model} is {workload.age_s:.0f} s old, above {self.stale_s:.0f} s")
+        why = f"telemetry of {group.model} is {workload.age_s:.0f} s old, above {self.stale_s:.0f} s"
+        if not isinstance(action, ScaleRole):
+            return None, why
+        held = min(max(group.wanted, group.min_replicas), group.max_replicas)
+        return _with(action, held), why if held != action.replicas else ""
 
 
 class RateOfChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import msgspec
@@ -31,8 +32,20 @@ def tpot_slo(model: str) -> str:
     return f"TPOT SLO of {model}"
 
 
+def attainment(model: str) -> str:
+    return f"attainment of {model}"
+
+
 def start_up(group: str) -> str:
     return f"start-up of {group}"
+
+
+def least(group: str) -> str:
+    return f"min_replicas of {group}"
+
+
+def most(group: str) -> str:
+    return f"max_replicas of {group}"
 
 
 UNITS = {
@@ -41,16 +54,21 @@ UNITS = {
     "output length": "tokens",
     "TTFT SLO": "s",
     "TPOT SLO": "s",
+    "attainment": "share",
     "start-up": "s",
+    "min_replicas": "replicas",
+    "max_replicas": "replicas",
 }
+_OF_GROUPS = {"start-up": "startup_s", "min_replicas": "min_replicas", "max_replicas": "max_replicas"}
+"""And the fields that they turn."""
 
 
 def read(snapshot: ClusterSnapshot, lever: str) -> float | None:
     """Its value, None where the snapshot has no such thing. Rates and lengths are means over the workload's buckets."""
     kind, _, name = lever.partition(" of ")
-    if kind == "start-up":
+    if kind in _OF_GROUPS:
         group = snapshot.group_by_name.get(name)
-        return None if group is None else group.startup_s
+        return None if group is None else float(getattr(group, _OF_GROUPS[kind]))
     workload = snapshot.workload_by_model.get(name)
     return None if workload is None else _READERS[kind](workload)
 
@@ -58,14 +76,19 @@ def read(snapshot: ClusterSnapshot, lever: str) -> float | None:
 def write(snapshot: ClusterSnapshot, lever: str, value: float) -> ClusterSnapshot:
     """A snapshot in which it reads `value` > 0, all else as it was. The lever must read above 0 now."""
     kind, _, name = lever.partition(" of ")
-    if kind == "start-up":
-        return _set(snapshot, groups=tuple(_started_in(group, value) if group.name == name else group for group in snapshot.groups))
+    if kind in _OF_GROUPS:
+        groups = (_turned(group, _OF_GROUPS[kind], value) if group.name == name else group for group in snapshot.groups)
+        return _set(snapshot, groups=tuple(groups))
     workloads = tuple(_WRITERS[kind](one, value) if one.model == name else one for one in snapshot.workloads)
     return _set(snapshot, workloads=workloads)
 
 
-def _started_in(group: Group, startup_s: float) -> Group:
-    return _set(group, startup_s=startup_s)
+def _turned(group: Group, field: str, value: float) -> Group:
+    """A count turns when it has come to the next whole number."""
+    was = getattr(group, field)
+    if isinstance(was, int):
+        value = math.floor(value) if value > was else math.ceil(value)
+    return _set(group, **{field: value})
 
 
 def _rate(workload: Workload) -> float:
@@ -114,6 +137,7 @@ _READERS: dict[str, Callable[[Workload], float | None]] = {
     "demand": _rate,
     "prompt length": _mean("prompt_tokens"),
     "output length": _mean("output_tokens"),
+    "attainment": lambda workload: workload.attainment,
     "TTFT SLO": lambda workload: workload.slo.ttft_s,
     "TPOT SLO": lambda workload: workload.slo.tpot_s,
 }
@@ -121,6 +145,7 @@ _WRITERS: dict[str, Callable[[Workload, float], Workload]] = {
     "demand": _with_rate,
     "prompt length": _with_prompt,
     "output length": _with_output,
+    "attainment": lambda workload, value: _set(workload, attainment=value),
     "TTFT SLO": lambda workload, value: _set(workload, slo=_set(workload.slo, ttft_s=value)),
     "TPOT SLO": lambda workload, value: _set(workload, slo=_set(workload.slo, tpot_s=value)),
 }

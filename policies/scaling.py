@@ -14,7 +14,7 @@ from cluster.actions import Action, Reason, ScaleRole
 from cluster.ranges import at_least, positive
 from cluster.snapshot import ClusterSnapshot, Group, Workload
 from policies import levers
-from policies.flow import Flow, Window, fallen, reaches_back, risen
+from policies.flow import Flow, Window, fallen, kept, reaches_back, risen
 from policies.shares import fits_of, shares
 from policies.sizing import Bounds, smallest
 
@@ -46,7 +46,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         workload = snapshot.workload_by_model.get(group.model)
         if workload is None or group.performance is None:
             unknown = "what a replica can do" if workload else f"the demand of {group.model}"
-            return _target(group, _clamp(group.wanted, low, high), f"{unknown} is not known yet", {})
+            return _target(group, group.wanted, low, high, f"{unknown} is not known yet", {})
         up = self.rise(workload, group.startup_s).times(share)
         down = fallen(workload, self.window).times(share * self.down_margin)
         carries_rise = fits_of(snapshot, group, up, workload.slo, self.bounds)
@@ -66,13 +66,15 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         }
         if needed > group.wanted:
             why = f"{group.wanted} do not carry {up.rate_rps:.2f} requests/s: {carries_rise(group.wanted).binding}"
-            return _target(group, _clamp(needed, low, high), why, numbers)
+            return _target(group, needed, low, high, why, numbers)
         if enough < group.wanted and self._settled(group, snapshot.now_s) and reaches_back(workload, self.window):
             nearest = carries_rest(enough).binding
             bound = f"{enough} carry {down.rate_rps:.2f} requests/s, an upper bound with its margin; {nearest} is nearest"
-            why = bound if down.rate_rps > 0.0 else "nothing arrives"
-            return _target(group, _clamp(enough, low, high), why, numbers)
-        return _target(group, _clamp(group.wanted, low, high), "neither a sure rise nor a sure fall", numbers)
+            if not kept(workload, self.window):
+                why = f"{workload.attainment:.1%} were inside their SLO, below {self.window.kept_share:.0%}: nothing is taken away"
+                return _target(group, group.wanted, low, high, why, numbers)
+            return _target(group, enough, low, high, bound if down.rate_rps > 0.0 else "nothing arrives", numbers)
+        return _target(group, group.wanted, low, high, "neither a sure rise nor a sure fall", numbers)
 
     def rise(self, workload: Workload, startup_s: float) -> Flow:
         """The flow to be ready for by the time a replica started now is: trend, and what already queues."""
@@ -86,15 +88,17 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return group.changed_up_s is None or now_s - group.changed_up_s >= self.settle_s
 
 
-def _target(group: Group, replicas: int, text: str, numbers: dict[str, float]) -> ScaleRole:
-    model = group.model
-    turns = (levers.demand(model), levers.prompt_length(model), levers.output_length(model))
-    bounds = (levers.ttft_slo(model), levers.tpot_slo(model), levers.start_up(group.name))
+def _target(group: Group, wish: int, low: int, high: int, text: str, numbers: dict[str, float]) -> ScaleRole:
+    """Within the limits, which are named where they decide."""
+    model, name = group.model, group.name
+    turns = (levers.demand(model), levers.prompt_length(model), levers.output_length(model), levers.attainment(model))
+    bounds = (levers.ttft_slo(model), levers.tpot_slo(model), levers.start_up(name), levers.least(name), levers.most(name))
+    replicas = min(max(wish, low), high)
+    if replicas > wish:
+        text = f"min_replicas is {low}, else {wish}: {text}"
+    elif replicas < wish:
+        text = f"max_replicas is {high}, else {wish}: {text}"
     runner_up = "" if replicas == group.wanted else f"{group.wanted}, as it is"
     return ScaleRole(
-        group=group.name, replicas=replicas, reason=Reason(text=text, numbers=numbers, runner_up=runner_up, levers=turns + bounds)
+        group=name, replicas=replicas, reason=Reason(text=text, numbers=numbers, runner_up=runner_up, levers=turns + bounds)
     )
-
-
-def _clamp(replicas: int, low: int, high: int) -> int:
-    return min(max(replicas, low), high)

@@ -1,4 +1,4 @@
-"""Which part of a model's flow each of its groups is to carry: what must be there anyway, then the cheapest capacity first."""
+"""Which part of a model's flow each of its groups is to carry: what must be there, what is, then more; the cheapest first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def shares(snapshot: ClusterSnapshot, model: str, flow: Flow, slo: Slo, bounds: 
     groups = [group for group in snapshot.groups if group.model == model and group.performance is not None]
     decoding = _split(snapshot, [group for group in groups if group.role.decodes], 1.0, flow, slo, bounds)
     apart = sum(decoding[group.name] for group in groups if group.role is Role.DECODE)
-    prefilling = _split(snapshot, [group for group in groups if group.role is Role.PREFILL], apart, flow, slo, bounds)
+    prefilling = _split(snapshot, [group for group in groups if _prefills(group, groups)], apart, flow, slo, bounds)
     return {**decoding, **prefilling}
 
 
@@ -36,6 +36,14 @@ def prefilled_apart(snapshot: ClusterSnapshot, model: str) -> bool:
     return any(group.model == model and group.role is Role.PREFILL and group.wanted > 0 for group in snapshot.groups)
 
 
+def _prefills(group: Group, groups: Sequence[Group]) -> bool:
+    """Not one at 0 beside one that decodes on the same replicas: whether to prefill apart there is for `disaggregation` to say."""
+    if group.role is not Role.PREFILL:
+        return False
+    alike = (other for other in groups if other.role is Role.DECODE and (other.pool, other.build) == (group.pool, group.build))
+    return group.wanted > 0 or not any(alike)
+
+
 def _split(
     snapshot: ClusterSnapshot, groups: Sequence[Group], whole: float, flow: Flow, slo: Slo, bounds: Bounds
 ) -> dict[str, float]:
@@ -44,10 +52,9 @@ def _split(
     given = dict.fromkeys((group.name for group in groups), 0.0)
     left = whole
     cheapest = sorted(groups, key=lambda group: _price_of_capacity(snapshot, group, flow, slo, bounds))
-    # What must stay anyway costs nothing more.
-    for replicas in ({group.name: group.min_replicas for group in groups}, {group.name: group.max_replicas for group in groups}):
+    for replicas in (_must, _wanted, _may):
         for group in cheapest:
-            most = capacity(snapshot, group, replicas[group.name], flow, slo, bounds) - given[group.name]
+            most = capacity(snapshot, group, replicas(group), flow, slo, bounds) - given[group.name]
             more = min(left, max(0.0, most))
             given[group.name] += more
             left -= more
@@ -55,6 +62,20 @@ def _split(
         share = {name: part / (whole - left) if whole > left else 1.0 / len(groups) for name, part in given.items()}
         given = {name: part + left * share[name] for name, part in given.items()}
     return given
+
+
+def _must(group: Group) -> int:
+    """What must stay anyway costs nothing more."""
+    return group.min_replicas
+
+
+def _wanted(group: Group) -> int:
+    """What is there goes before what would have to be started: else a price that is nearly another's would move replicas about."""
+    return min(max(group.wanted, group.min_replicas), group.max_replicas)
+
+
+def _may(group: Group) -> int:
+    return group.max_replicas
 
 
 def capacity(snapshot: ClusterSnapshot, group: Group, replicas: int, flow: Flow, slo: Slo, bounds: Bounds) -> float:

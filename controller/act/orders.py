@@ -10,7 +10,7 @@ from cluster.actions import Action, ChangeRole, DrainReplica, ScaleRole, StartRe
 from cluster.replica import Phase, Role
 from cluster.snapshot import ClusterSnapshot, FailedStart, ReplicaState
 from controller.journal import Outcome
-from controller.memory import Memory, with_failed_start, with_start
+from controller.memory import Memory, with_failed_starts, with_start
 
 NODE_GRACE_S = 5.0  # A start on a node that is down for so long is given up: it may have been a moment's suspicion.
 CRASH_S = 60.0  # A replica that is lost so soon after READY counts as a start that failed.
@@ -97,7 +97,7 @@ class Orders:
     def settle(self, snapshot: ClusterSnapshot, memory: Memory) -> Settled:
         """Compare with what is seen. Memory learns from starts, good and bad."""
         states = {state.replica_id: state for state in snapshot.replicas}
-        memory = _crashes(snapshot, memory)
+        memory = with_failed_starts(memory, _crashes(snapshot))
         outcomes, self._superseded = self._superseded, []
         overdue: list[str] = []
         for name, order in list(self.open.items()):
@@ -116,7 +116,7 @@ class Orders:
                 overdue.append(name)
             elif isinstance(order.action, StartReplica):
                 failure = FailedStart(group=order.action.group, node=order.action.node, at_s=snapshot.now_s)
-                memory = with_failed_start(memory, failure)
+                memory = with_failed_starts(memory, [failure])
                 overdue.append(name)
         return Settled(outcomes=tuple(outcomes), memory=memory, overdue=tuple(overdue))
 
@@ -161,11 +161,10 @@ def _changed(order: Order, action: ChangeRole, state: ReplicaState | None, now_s
     return ("failed: the role did not change", None) if now_s - order.at_s > CHANGE_S else None
 
 
-def _crashes(snapshot: ClusterSnapshot, memory: Memory) -> Memory:
-    """A replica that is lost soon after it was READY is a start that failed, once."""
-    for state in snapshot.replicas:
-        if state.phase is Phase.LOST and state.ready_since_s is not None and state.phase_since_s - state.ready_since_s < CRASH_S:
-            failure = FailedStart(group=state.group, node=state.node, at_s=state.phase_since_s)
-            if failure not in memory.failed_starts:
-                memory = with_failed_start(memory, failure)
-    return memory
+def _crashes(snapshot: ClusterSnapshot) -> list[FailedStart]:
+    """A replica that is lost soon after it was READY is a start that failed."""
+    return [
+        FailedStart(group=state.group, node=state.node, at_s=state.phase_since_s)
+        for state in snapshot.replicas
+        if state.phase is Phase.LOST and state.ready_since_s is not None and state.phase_since_s - state.ready_since_s < CRASH_S
+    ]

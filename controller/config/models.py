@@ -26,6 +26,7 @@ def check_checkpoint(fleet: Fleet, model: ModelSpec) -> None:
     path = Path(model.path)
     if not path.is_absolute():
         return
+    path = path.resolve()
     place = f"models[{fleet.models.index(model)}].path"
     if any(group.engine == "torch" for group in fleet.replicas if model_of(fleet, group) is model):
         try:
@@ -33,4 +34,8 @@ def check_checkpoint(fleet: Fleet, model: ModelSpec) -> None:
         except InvalidModel as error:
             raise InvalidConfig(f"{place}: {error}") from error
     elif not (path / TOKENIZER).is_file():  # All that the gateway needs of a model that nobody computes.
-        raise InvalidConfig(f"{place}: {path / TOKENIZER} is missing" if path.is_dir() else f"{place}: {path} is no directory")
+        raise InvalidConfig(
+            f"{place}: {path / TOKENIZER} is missing"
+            if path.is_dir()
+            else f"{place}: {path} is no directory; `mobula model init` makes one"
+        )

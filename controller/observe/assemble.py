@@ -25,6 +25,7 @@ from workers.build_engine import performance_of
 
 BUCKET_S = 1.0  # A burst shows in the bucket after it, and counts of a second are still told from noise by their windows.
 BUCKETS = 300
+SLOWDOWN_S = 10.0  # A few steps' figures are noise; of a machine that has become slow the policies know within half a minute.
 MAX_FIGURE = 1e12  # Of a load report: above any watts or Unix time, and exact to the digits that are kept.
 SPAN_S = BUCKETS * BUCKET_S + LATENCY_SPAN_S
 
@@ -63,8 +64,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """Those that were told to change their role, and to which."""
 
 
-def assemble(fleet: Fleet, seen: Seen, telemetry: Telemetry, memory: Memory, now_s: float) -> ClusterSnapshot:
-    """telemetry: series by name, of `SPAN_S`."""
+def assemble(fleet: Fleet, seen: Seen, telemetry: Telemetry, memory: Memory, now_s: float, ahead_s: float = 0.0) -> ClusterSnapshot:
+    """telemetry: series by name, of `SPAN_S`. ahead_s: of the clock on the wall, which schedules go by."""
     now_s = round(max(now_s, memory.now_s + 0.001), 3)
     states = _states(fleet, seen, now_s)
     registered = {state.replica_id for state in states}
@@ -78,7 +79,7 @@ def assemble(fleet: Fleet, seen: Seen, telemetry: Telemetry, memory: Memory, now
         pass_number=memory.pass_number,
         next_replica=memory.next_replica,
         nodes=tuple(_node(fleet, node, seen.alive) for node in sorted(fleet.nodes, key=lambda node: node.name)),
-        groups=_groups(fleet, members, memory, now_s),
+        groups=_groups(fleet, members, memory, now_s, ahead_s),
         replicas=tuple(sorted(states, key=lambda state: state.replica_id)),
         workloads=tuple(_workload(model.name, _slo(fleet), telemetry, now_s) for model in fleet.models),
         holds=tuple(hold for hold in memory.holds if hold.expires_s > now_s),
@@ -87,7 +88,7 @@ def assemble(fleet: Fleet, seen: Seen, telemetry: Telemetry, memory: Memory, now
 
 
 def _groups(
-    fleet: Fleet, members: Mapping[str, Sequence[tuple[Replica, ReplicaState]]], memory: Memory, now_s: float
+    fleet: Fleet, members: Mapping[str, Sequence[tuple[Replica, ReplicaState]]], memory: Memory, now_s: float, ahead_s: float
 ) -> tuple[Group, ...]:
     """One group for each model, role and pool of the config; what a replica is like is taken from those that are there."""
     made = []
@@ -95,7 +96,7 @@ def _groups(
         name = group_of(fleet, spec)
         known = memory.of(name, spec.count)
         there = members.get(name, ())
-        low, high = limits_at(spec, now_s)
+        low, high = limits_at(spec, now_s + ahead_s)
         made.append(
             Group(
                 model=spec.model or fleet.models[0].name,
@@ -106,7 +107,7 @@ def _groups(
                 max_replicas=high,
                 wanted=known.wanted,
                 performance=_performance(spec, there, known),
-                slowdown=_slowdown(there, known.slowdown),
+                slowdown=_slowdown(there, known.slowdown, now_s - memory.now_s),
                 kv_tokens=spec.kv_blocks * spec.block_tokens,
                 max_running=spec.max_running,
                 step_budget_tokens=spec.step_budget_tokens,
@@ -206,13 +207,14 @@ def _round(figures: Sequence[float], digits: int) -> list[float]:
     return rounded
 
 
-def _slowdown(members: Sequence[tuple[Replica, ReplicaState]], before: float) -> float:
-    """The median of replicas that compute, a tenth of the way there."""
+def _slowdown(members: Sequence[tuple[Replica, ReplicaState]], before: float, since_s: float) -> float:
+    """The median of replicas that compute, approached in some `SLOWDOWN_S`."""
     loads = (state.load for replica, state in members if replica.performance.step_s > 0.0)
     told = [load.slowdown for load in loads if load is not None and load.running > 0 and load.slowdown > 0.0]
     if not told:
         return before
-    return round(before + 0.1 * (min(max(statistics.median(told), 0.25), 4.0) - before), 3)
+    weight = -math.expm1(-min(since_s, 1.0 if math.isinf(since_s) else SLOWDOWN_S) / SLOWDOWN_S)
+    return round(before + weight * (min(max(statistics.median(told), 0.25), 4.0) - before), 3)
 
 
 def _node(fleet: Fleet, spec: NodeSpec, alive: frozenset[str]) -> Node:

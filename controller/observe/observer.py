@@ -29,11 +29,12 @@ class Observer:
         telemetry: Callable[[], Telemetry],
         bury: Callable[[Loss], None],
         clock: Callable[[], float],
+        ahead: Callable[[], float],
     ) -> None:
-        """bury: told of each worker that is given up."""
+        """bury: told of each worker that is given up. ahead: seconds by which the clock on the wall is ahead of `clock`."""
         self.fleet = fleet
         self._registry, self._watch, self._machines, self._orders = registry, watch, machines, orders
-        self._telemetry, self._bury, self._clock = telemetry, bury, clock
+        self._telemetry, self._bury, self._clock, self._ahead = telemetry, bury, clock, ahead
 
     async def observe(self, memory: Memory) -> ClusterSnapshot:
         now_s = self._clock()
@@ -49,4 +50,4 @@ class Observer:
             draining=self._orders.draining,
             changing=self._orders.changing,
         )
-        return assemble(self.fleet, seen, self._telemetry(), memory, now_s)
+        return assemble(self.fleet, seen, self._telemetry(), memory, now_s, self._ahead())

@@ -61,15 +61,15 @@ class Prometheus:
         self._span_s = span_s
         self._fleet = fleet
         self._ahead, self._ahead_s = ahead, 0.0
+        self._taken_until_s, self._not_before_s = -math.inf, -math.inf
+        """Of the server's time: what was read up to there, and what is known already under another time of ours."""
         self._window = Window(span_s)
         self._read_until_s = -math.inf
         self._session: aiohttp.ClientSession | None = None
 
     async def series(self, names: Sequence[str], now_s: float) -> Mapping[str, Sequence[Series]]:
         """Every series of each name within the span before `now_s`, in the order of their labels. Raises Unreachable."""
-        if abs(self._ahead() - self._ahead_s) > CLOCK_STEP_S:
-            self._ahead_s = self._ahead()
-            log.warning("the machine's clock has been set: Prometheus is asked for %.1f s later", self._ahead_s)
+        self._follow_clock()
         start_s = max(now_s - self._span_s, min(self._read_until_s, now_s) - LATE_S)
         while start_s < now_s:
             end_s = min(start_s + SLICE_S, now_s)
@@ -80,6 +80,16 @@ class Prometheus:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+
+    def _follow_clock(self) -> None:
+        """After a step back the server's times come a second time: what was read is not new, though our own time has gone on."""
+        ahead_s = self._ahead()
+        if abs(ahead_s - self._ahead_s) <= CLOCK_STEP_S:
+            return
+        log.warning("the machine's clock has been set: Prometheus is asked for %.1f s later", ahead_s)
+        if ahead_s < self._ahead_s:
+            self._not_before_s = self._taken_until_s
+        self._ahead_s = ahead_s
 
     async def _ask(self, names: Sequence[str], start_s: float, end_s: float) -> list[tuple[str, Labels, list[tuple[float, float]]]]:
         """Name, labels and samples of each series. One query for all names, so that all are as of one moment."""
@@ -119,7 +129,9 @@ class Prometheus:
         """The window leaves out what it has, and what is no count."""
         for name, labels, samples in read:
             for at_s, value in samples:
-                self._window.take(name, labels, at_s - self._ahead_s, value)
+                if at_s > self._not_before_s:
+                    self._window.take(name, labels, at_s - self._ahead_s, value)
+                    self._taken_until_s = max(self._taken_until_s, at_s)
 
 
 def _read(matrix: _Matrix, start_s: float, end_s: float) -> tuple[str, Labels, list[tuple[float, float]]] | None:

@@ -163,6 +163,42 @@ def test_a_journal_whose_last_pass_is_damaged_is_put_aside_and_the_fleet_kept(di
     world.close()
 
 
+def test_a_damaged_pass_of_long_ago_stops_nobody(directory: Path):
+    world = World(directory, Script(at_s=NEVER))
+    world.new_controller()
+    world.run(1006.0)
+    with sqlite3.connect(directory / "journal.sqlite") as journal:
+        assert journal.execute("UPDATE passes SET decision = x'00' WHERE changes > 0").rowcount > 0
+    world.new_controller()
+    world.run(1020.0)
+    assert world.roles() == (1, 2)
+    assert sum(world.started.values()) == 3
+    assert world.controller.status().epoch == 2
+    world.close()
+
+
+def test_status_tells_what_became_of_decisions(directory: Path):
+    world = World(directory, Script(at_s=NEVER))
+    world.failing.add("a")
+    world.new_controller()
+    world.run(1010.0)
+    told = {change.text: change.outcome for change in world.controller.status().changes}
+    assert any(text.endswith("on a") and outcome.startswith("failed: no weights on a") for text, outcome in told.items())
+    assert any(text.endswith("on b") and outcome.startswith("ready after") for text, outcome in told.items())
+    world.close()
+
+
+def test_a_fleet_that_is_stopped_does_not_wait_for_who_hangs(world: World):
+    world.silent.add(next(name for name in sorted(world.workers) if "decode" in name))
+    world.running.cancel()
+    with world.loop.current():
+        over = world.loop.create_task(world.controller.shutdown(60.0))
+    world.run(1006.0 + 12.0)
+    assert over.done()
+    assert world.workers == {}
+    assert over.exception() is None
+
+
 @pytest.mark.parametrize("step_s", [math.nan, math.inf, -1.0])
 def test_a_replica_whose_performance_is_no_number_is_not_counted_on(world: World, step_s: float):
     row = next(iter(world.workers.values())).row
@@ -189,6 +225,8 @@ def test_an_adviser_brings_its_fleet_up_and_then_only_advises(directory: Path):
     assert world.roles() == (1, 2)
     last = Journal(directory / "journal.sqlite", read_only=True).last()
     assert (last.mode, last.decision.targets["m/decode/default"]) == ("advise", 5)
+    told = [change.text for change in world.controller.status().changes]
+    assert len(told) == len(set(told)), "advice that is given again each second is told once"
     world.new_controller()
     world.run(FORTY_S)
     assert world.roles() == (1, 2)

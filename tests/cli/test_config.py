@@ -12,6 +12,7 @@ from cli.main import main
 from cluster.errors import Unreachable
 from cluster.fleet import Fleet
 from controller.config import effective, load_fleet
+from policies.flow import Window
 from tests.conftest import ROOT
 
 LOCAL = ROOT / "deploy/local.yaml"
@@ -94,8 +95,8 @@ def test_show_prints_yaml_with_the_defaults_of_policies(file: Path, capsys):
     code, out, _ = run(capsys, "show", "-f", file)
     assert code == 0
     scaling = yaml.safe_load(out)["control"]["pipeline"]["policies"][2]
-    window = {"rise_s": [5.0, 15.0, 60.0, 180.0], "fall_s": 120.0, "fall_part_s": 60.0, "sigmas": 3.0}
-    assert scaling["settings"]["window"] == window
+    window = {"rise_s": [5.0, 15.0, 60.0, 180.0], "fall_s": 120.0, "fall_part_s": 60.0}
+    assert scaling["settings"]["window"] == {**msgspec.to_builtins(Window()), **window}
     assert scaling["settings"]["settle_s"] == 30.0
 
 

@@ -71,10 +71,10 @@ def test_what_became_of_a_decision_and_what_is_held_back_are_told():
 
 
 def test_figures_of_telemetry_that_is_stale_are_not_shown_as_if_they_were_true():
-    shown = lines(msgspec.structs.replace(STATUS, models=(msgspec.structs.replace(MODEL, age_s=81.0),)))
+    shown = lines(msgspec.structs.replace(STATUS, models=(msgspec.structs.replace(MODEL, age_s=81.0, stale=True),)))
     assert "tiny" + 6 * " unknown" in shown
     assert "telemetry of tiny is 81 s old: its rate and latencies are unknown" in shown
-    never = lines(msgspec.structs.replace(STATUS, models=(msgspec.structs.replace(MODEL, age_s=1.7e9),)))
+    never = lines(msgspec.structs.replace(STATUS, models=(msgspec.structs.replace(MODEL, age_s=1.7e9, stale=True),)))
     assert "telemetry of tiny is not there yet: its rate and latencies are unknown" in never
 
 

@@ -66,3 +66,13 @@ def test_a_later_schedule_goes_before_an_earlier_one():
     noon = Schedule(start="12:00", end="13:00", min_replicas=5)
     group = ReplicaGroup(role=Role.DECODE, min_replicas=1, max_replicas=9, schedules=(day, noon))
     assert [limits_at(group, hour * 3600.0) for hour in (11, 12, 13)] == [(2, 4), (5, 5), (2, 4)]
+
+
+def test_of_two_that_leave_no_number_the_later_one_holds():
+    day = Schedule(start="08:00", end="18:00", min_replicas=5)
+    noon = Schedule(start="12:00", end="13:00", max_replicas=2)
+    limits = [
+        limits_at(ReplicaGroup(role=Role.DECODE, min_replicas=1, max_replicas=9, schedules=both), 12.5 * 3600)
+        for both in ((day, noon), (noon, day))
+    ]
+    assert limits == [(2, 2), (5, 5)]

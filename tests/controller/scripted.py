@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ SCRIPT = ((QUIET, 12), (BURST, 30), (PROMPTS, 42), (LULL, 72))
 LOST_AT, LOST_NODE = 60, "n1"
 STARTUP_S = 20.0
 LEAVING_S = 10.0
+NODES = tuple(Node(name=f"n{index}", pool="p", slots=6, price_usd_per_hour=6.0) for index in range(8))
 REMEMBERED = 60  # Buckets.
 _set = msgspec.structs.replace
 
@@ -32,14 +33,15 @@ _set = msgspec.structs.replace
 class Fleet:
     """What the actions of the passes make of it."""
 
-    def __init__(self) -> None:
-        self.nodes = {f"n{index}": Node(name=f"n{index}", pool="p", slots=6, price_usd_per_hour=6.0) for index in range(8)}
+    def __init__(self, nodes: Iterable[Node] = NODES, startup_s: float = STARTUP_S) -> None:
+        self.nodes = {node.name: node for node in nodes}
         self.replicas: dict[str, ReplicaState] = {}
+        self._startup_s = startup_s
 
     def step(self, now_s: float) -> None:
         """Starts become READY, drains end."""
         for one in list(self.replicas.values()):
-            if one.phase is Phase.STARTING and now_s - one.phase_since_s >= STARTUP_S:
+            if one.phase is Phase.STARTING and now_s - one.phase_since_s >= self._startup_s:
                 self.replicas[one.replica_id] = _set(one, phase=Phase.READY, phase_since_s=now_s)
             elif one.phase is Phase.DRAINING and now_s - one.phase_since_s >= LEAVING_S:
                 del self.replicas[one.replica_id]

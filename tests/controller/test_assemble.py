@@ -9,6 +9,7 @@ from cluster.fleet import Fleet, ModelSpec, NodeSpec, ReplicaGroup
 from cluster.node import Market
 from cluster.performance import PerformanceModel
 from cluster.replica import Load, Phase, Replica, Role
+from cluster.schedule import Schedule
 from cluster.slo import Slo
 from controller.memory import GroupMemory, Memory
 from controller.observe.assemble import BUCKETS, Heard, Seen, assemble
@@ -145,9 +146,13 @@ def test_nonsense_of_a_worker_says_nothing():
 def test_slow_steps_are_believed_bit_by_bit():
     slow = [load("d0", slowdown=2.0)]
     decode = build([member("d0")], slow).groups[0]
-    assert decode.slowdown == pytest.approx(1.1, abs=0.001)
-    memory = Memory(groups={"m/decode/p": GroupMemory(wanted=2, slowdown=decode.slowdown)})
-    assert build([member("d0")], slow, memory=memory).groups[0].slowdown == pytest.approx(1.19, abs=0.001)
+    assert decode.slowdown == pytest.approx(1.095, abs=0.001)
+    known = {"m/decode/p": GroupMemory(wanted=2, slowdown=decode.slowdown)}
+    later = [
+        build([member("d0")], slow, memory=Memory(groups=known, now_s=NOW_S - gap_s)).groups[0].slowdown
+        for gap_s in (0.5, 1.0, 3.0)
+    ]
+    assert later == pytest.approx([1.139, 1.181, 1.330], abs=0.001)
     assert build([member("d0")], [load("d0", slowdown=math.nan)]).groups[0].slowdown == 1.0
 
 
@@ -161,3 +166,14 @@ def test_replica_that_has_not_measured_itself_is_not_believed_to_be_infinitely_f
 def test_nodes_are_the_configs_and_the_dead_are_told():
     one, other = build(alive=("b",)).nodes
     assert (one.zone, one.market, one.price_usd_per_hour, one.alive, other.alive) == ("z", Market.SPOT, 3.0, False, True)
+
+
+def test_a_schedule_holds_by_the_clock_on_the_wall():
+    office = Schedule(start="08:00", end="18:00", min_replicas=3)
+    fleet = msgspec.structs.replace(FLEET, replicas=(msgspec.structs.replace(FLEET.replicas[0], schedules=(office,)),))
+    eight_s = 1_800_000_000.0 // 86400 * 86400 + 8 * 3600
+
+    def least(now_s: float, ahead_s: float = 0.0) -> int:
+        return assemble(fleet, Seen(), {}, Memory(), now_s, ahead_s).groups[0].min_replicas
+
+    assert [least(eight_s - 1), least(eight_s), least(eight_s - 60, 60.0)] == [2, 3, 3]

@@ -15,7 +15,7 @@ from controller.act.orders import Settled
 from controller.controller import Controller, Course, recall
 from controller.explanation import replay
 from controller.journal import Journal
-from controller.memory import Memory, with_failed_start, with_hold, with_start, without_hold
+from controller.memory import Memory, with_failed_starts, with_hold, with_start, without_hold
 from controller.pipelines import as_text, build
 from policies.pipeline import Pipeline
 from tests.policies.clusters import NOW_S, cluster, group, steady
@@ -195,6 +195,7 @@ async def test_fleet_is_controlled_on_while_the_disk_is_full(tmp_path: Path, mon
         raise OSError("journal j: database or disk is full")
 
     monkeypatch.setattr(journal, "write", full)
+    monkeypatch.setattr(journal, "add", full)
     world.rate_rps = 60.0
     await passes(loop, 10)
     assert loop.unwritten == 10
@@ -258,7 +259,7 @@ def test_memory_of_starts_failures_and_hands():
     assert once.groups["g"].startup_s == 40.0
     assert with_start(once, "g", 20.0).groups["g"].startup_s == 34.0
     old, new = (FailedStart(group="g", node="n", at_s=at_s) for at_s in (0.0, 4000.0))
-    assert with_failed_start(with_failed_start(memory, old), new).failed_starts == (new,)
+    assert with_failed_starts(with_failed_starts(memory, [old]), [new, new]).failed_starts == (new,)
     pin = Hold(kind="pin", target="g", replicas=2, author="ada", expires_s=9.0)
     repinned = with_hold(with_hold(memory, pin), msgspec.structs.replace(pin, replicas=5))
     assert [hold.replicas for hold in repinned.holds] == [5]

@@ -62,6 +62,15 @@ def test_one_can_ask_for_a_node(tmp_path: Path):
     assert all(step.action.endswith(f"on {start.node}") for one in told.values() for step in one.actions)
 
 
+def test_what_is_advised_again_each_second_names_no_node(tmp_path: Path):
+    journal = journal_of(tmp_path / "j", [60.0])
+    entry = journal.entry(1)
+    start = entry.decision.actions[0]
+    snapshot = msgspec.structs.replace(entry.snapshot, pass_number=2, now_s=entry.snapshot.now_s + 1.0)
+    journal.write(msgspec.structs.replace(entry, mode="advise", snapshot=snapshot))
+    assert (journal.last_touch(start.node), journal.last_touch(start.group)) == (1, 2)
+
+
 def test_what_is_not_there_is_refused_by_name(tmp_path: Path):
     journal = journal_of(tmp_path / "j", [2.0])
     with pytest.raises(InvalidRequest, match="pass 9 is not in the journal"):

@@ -141,6 +141,19 @@ async def test_a_machine_whose_clock_is_set_reads_on_in_its_own_time(server: Ser
     await source.close()
 
 
+async def test_a_clock_that_is_set_back_makes_no_burst(server: Server):
+    """What was scraped before bears times that come again; and the server itself takes nothing until they are over."""
+    ahead_s = 0.0
+    source = Prometheus(server.url, SPAN_S, "f", lambda: ahead_s)
+    await source.series(NAMES, NOW_S - 20)
+    ahead_s = -30.0
+    for own_s in (NOW_S - 15, NOW_S - 5, NOW_S + 10, NOW_S + 20, NOW_S + 29):
+        (known,) = (await source.series(NAMES, own_s))[NAMES[0]]
+        assert list(known.values) == sorted(known.values)
+    assert known.times_s[-1] == NOW_S + 25  # Of the server's NOW_S - 5.
+    await source.close()
+
+
 async def test_series_scraped_twice_count_once(server: Server, prometheus: Prometheus):
     async def twice(query: str, now_s: float) -> web.StreamResponse:
         series = [server.matrix(NAMES[0], now_s - SPAN_S, now_s) for _ in range(2)]

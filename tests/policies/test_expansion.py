@@ -47,6 +47,17 @@ def test_replica_that_is_lost_or_leaves_is_replaced():
     assert names(actions, StartReplica) == ["mixed-p-1000", "mixed-p-1001"]
 
 
+def test_a_replacement_names_the_last_that_was_lost_since_the_target_rose_and_not_those_made_up_for():
+    def why(changed_up_s: float | None) -> str:
+        of = msgspec.structs.replace(OF, wanted=2, changed_up_s=changed_up_s)
+        lost = [replica(name, of, Phase.LOST, phase_since_s=NOW_S - ago_s) for name, ago_s in (("old", 500.0), ("new", 5.0))]
+        actions, _ = expand(cluster([of], replicas=(replica("a", of), *lost)), of.wanted)
+        return actions[0].reason.text
+
+    assert why(None) == "1 of the 2 that are wanted are there; lost: new on n0"
+    assert why(NOW_S - 1.0) == "1 of the 2 that are wanted are there"
+
+
 def test_starts_spread_over_zones_then_over_room():
     nodes = tuple(
         Node(name=name, pool="p", slots=slots, zone=zone) for name, slots, zone in (("a", 8, "1"), ("b", 2, "2"), ("c", 4, "2"))

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.flow import Window, fallen, index_of_dispersion, risen
+from cluster.snapshot import Latency
+from policies.flow import Window, fallen, index_of_dispersion, missed, risen
 from tests.policies.clusters import BUCKET_S, demand, steady, workload
 
 WINDOW = Window()
@@ -77,3 +78,12 @@ def test_rise_never_exceeds_fall_of_the_same_steady_past(past):
 def test_more_of_the_same_is_never_believed_to_be_less(past, factor):
     more = [rate * factor for rate in past]
     assert fallen(workload(more), WINDOW).rate_rps >= fallen(workload(past), WINDOW).rate_rps - 1e-9
+
+
+def test_the_slo_counts_as_missed_only_where_that_is_sure_or_nothing_ends():
+    def said(attainment: float | None, **more: object) -> bool:
+        return missed(steady(5.0, attainment=attainment, **more), WINDOW)
+
+    assert [said(share) for share in (0.8, 0.84, 0.9)] == [True, False, False]  # 300 of a minute: four sigmas below 0.9 are 0.83.
+    assert said(None)
+    assert not said(None, ttft=Latency(p50_s=1.0, p90_s=1.0, p99_s=1.0))

@@ -31,6 +31,13 @@ def test_stale_telemetry_keeps_the_target():
     assert limit(StaleTelemetry(), 5, group(wanted=2), workloads=(steady(5.0),)) == ([5], [])
 
 
+def test_stale_telemetry_does_not_hold_off_the_groups_own_limits():
+    stale = [steady(1.0, age_s=100.0)]
+    up = cluster([group(wanted=1, min_replicas=3)], stale)
+    verdict = StaleTelemetry().limit(up, [ScaleRole(group="m/mixed/p", replicas=5, reason=WHY)])
+    assert [action.replicas for action in verdict.actions] == [3]
+
+
 @pytest.mark.parametrize(("wanted", "to", "granted"), [(1, 30, 5), (10, 30, 20), (10, 11, 11), (8, 1, 6), (2, 0, 1), (3, 2, 2)])
 def test_steps_have_a_size(wanted, to, granted):
     assert limit(RateOfChange(), to, group(wanted=wanted))[0] == [granted]

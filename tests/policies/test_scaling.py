@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.fleet import PipelineSpec
+from cluster.hardware import ACCELERATORS
+from cluster.models import MODELS
+from cluster.node import Node
+from cluster.performance import roofline
 from cluster.replica import Role
-from cluster.snapshot import Group
+from cluster.snapshot import ClusterSnapshot, Group
+from controller.pipelines import build
 from policies.guards import Capacity, DisruptionBudget, RateOfChange, StaleTelemetry
 from policies.pipeline import Pipeline
 from policies.scaling import Scaling
@@ -28,6 +34,24 @@ def test_load_that_does_not_fit_scales_up_and_says_by_what():
     assert action.replicas > 3
     assert action.reason.text.startswith("1 do not carry 60.00 requests/s: ")
     assert action.reason.runner_up == "1, as it is"
+
+
+def test_nothing_is_taken_away_while_the_slo_is_missed():
+    def why(attainment: float | None) -> tuple[int, str]:
+        (action,) = Scaling().decide(cluster([group(wanted=5)], [steady(2.0, attainment=attainment)]), ())
+        return action.replicas, action.reason.text
+
+    assert why(0.89) == (5, "89.0% were inside their SLO, below 90%: nothing is taken away")
+    assert [why(attainment)[0] < 5 for attainment in (0.91, None)] == [True, True]
+
+
+def test_a_limit_that_decides_is_named():
+    def told(of: Group, rate_rps: float) -> str:
+        (action,) = Scaling().decide(cluster([of], [steady(rate_rps)]), ())
+        return action.reason.text
+
+    assert told(group(wanted=1, min_replicas=3), 1.0).startswith("min_replicas is 3, else 1: neither")
+    assert told(group(wanted=2, max_replicas=2), 60.0).startswith("max_replicas is 2, else ")
 
 
 def test_what_queues_counts_as_demand():
@@ -150,3 +174,51 @@ def test_measured_attainment_never_turns_a_fall_into_a_rise(rate_rps, wanted, be
     fallen = target(group(wanted=wanted), steady(rate_rps, attainment=before))
     if fallen < wanted:
         assert target(group(wanted=fallen), steady(rate_rps, attainment=later)) <= fallen
+
+
+def unlike(prices: tuple[float, float], wanted: tuple[int, int], load, now_s: float = NOW_S) -> ClusterSnapshot:
+    """Two pools of unlike machines behind one model."""
+    a100 = roofline(MODELS["llama-3.1-8b"], ACCELERATORS["a100-80g"])
+    groups = [
+        group(pool="a", wanted=wanted[0], min_replicas=0, max_replicas=8, performance=a100),
+        group(pool="b", wanted=wanted[1], min_replicas=0, max_replicas=8),
+    ]
+    nodes = tuple(
+        Node(name=f"{pool}{index}", pool=pool, slots=1, price_usd_per_hour=price)
+        for pool, price in zip("ab", prices, strict=True)
+        for index in range(8)
+    )
+    return cluster(groups, [load], nodes=nodes, replicas=(), now_s=now_s)
+
+
+@pytest.mark.parametrize("prices", [(2.4, 3.9), (1.0, 3.0)])
+@pytest.mark.parametrize("level", [3.0, 8.0, 15.0, 30.0])
+def test_constant_load_moves_nothing_between_pools_of_nearly_one_price(prices, level):
+    rng, wanted, rates, changes = random.Random(1), (1, 1), [], []
+    for step in range(720):
+        rates = [*rates[-59:], poisson(rng, level * BUCKET_S) / BUCKET_S]
+        decision = PIPELINE.decide(unlike(prices, wanted, workload(rates, attainment=1.0), step * BUCKET_S))
+        now = tuple(decision.targets.values())
+        if now != wanted and step > 180:
+            changes.append((step, wanted, now))
+        wanted = now
+    assert len(changes) <= 1
+
+
+@given(st.floats(0.2, 60.0), st.integers(1, 8), st.integers(0, 8), st.sampled_from([None, 0.5, 0.95, 1.0]))
+@settings(max_examples=30, deadline=None)
+def test_the_whole_pipeline_comes_to_rest_at_a_constant_load(rate_rps, decode, prefill, attainment):
+    """Whatever it begins with: neither policy undoes what the other has done."""
+    pipeline, changed_s = build(PipelineSpec()), 0.0
+    groups = [group(Role.DECODE, decode, min_replicas=1), group(Role.PREFILL, prefill)]
+    for step in range(200):
+        now_s = NOW_S + 15.0 * step
+        decision = pipeline.decide(cluster(groups, [steady(rate_rps, attainment=attainment)], now_s=now_s))
+        assert not decision.failed
+        for index, one in enumerate(groups):
+            to = decision.targets[one.name]
+            if to != one.wanted:
+                changed_s = now_s - NOW_S
+                when = {"changed_up_s" if to > one.wanted else "changed_down_s": now_s}
+                groups[index] = msgspec.structs.replace(one, wanted=to, **when)
+    assert changed_s < 1500.0
