@@ -169,6 +169,8 @@ async def soak(live: LiveFleet, generator: Generator, watch: Watch) -> Load:
             file=sys.stderr,
             flush=True,
         )
+    for sample in (one for one in sent.samples if not one.timing.completed):
+        print(f"{sample.end_s:.0f} s: {sample.timing.error} {sample.detail}", file=sys.stderr, flush=True)
     return replay.result()
 
 

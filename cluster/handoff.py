@@ -41,6 +41,8 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: str | None = None
     retry: bool = False
     """With an error: another replica may do better."""
+    refused: bool = False
+    """With an error: nothing was begun, since the replica takes nothing new."""
     times: tuple[float, float, float] | None = None
     """With the first token of an attempt: seconds of queue, prefill and KV transfer at the worker(s)."""
     cached_tokens: int | None = None

@@ -221,7 +221,9 @@ class Dispatcher:
             self._pump()
 
     def _failed(self, generation: Generation, token: Token) -> None:
-        if token.retry or token.finish == "abort":
+        if token.refused:
+            self._refused(generation)
+        elif token.retry or token.finish == "abort":
             self._resume(generation, "abort" if token.finish == "abort" else "error")
             self._pump()
         else:
@@ -324,6 +326,14 @@ class Dispatcher:
             generation.sent_s = now_s
         self._running[generation.request.request_id] = generation
         return True
+
+    def _refused(self, generation: Generation) -> None:
+        """A replica that drains is as idle as none: the next choice would be the next that drains, until its own report says so."""
+        replica_id = generation.tried[-1]
+        self._view.suspect(replica_id, time.time())
+        generation.vain -= replica_id not in generation.tried[:-1]  # It costs no attempt, the first time.
+        self._resume(generation, "refused")
+        self._pump()
 
     def _resume(self, generation: Generation, cause: str) -> None:
         """Give up the present attempt and wait for another replica."""

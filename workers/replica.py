@@ -259,4 +259,5 @@ def refusal(submit: Submit, error: str, *, retry: bool) -> Token:
         finish="error",
         error=error,
         retry=retry,
+        refused=retry,
     )

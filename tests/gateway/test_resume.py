@@ -14,6 +14,7 @@ from cluster.handoff import Token
 from cluster.record import RequestRecord
 from tests.gateway.conftest import serving
 from tests.gateway.fake_fleet import MODEL, FakeFleet, expected, ids
+from workers.replica import refusal
 
 TOKENS = 20
 
@@ -126,6 +127,35 @@ async def test_attempts_are_bounded_and_the_error_names_what_was_tried(model_dir
         with pytest.raises(openai.InternalServerError, match=r"3 attempts failed, as many as may: (a, b, a|b, a, b)") as caught:
             await text_of(served)
     assert caught.value.status_code == 503
+
+
+async def test_a_whole_step_of_replicas_that_drain_costs_no_request(model_dir):
+    """They are the idlest there are, and the gateway has not heard that they drain."""
+    leaving = ("a", "b", "c", "d", "e")
+    fleet = FakeFleet(*leaving, "f")
+
+    def refuse(worker, submit, index):
+        worker.tokens(refusal(submit, "draining, not ready", retry=True))
+        return True
+
+    for name in leaving:
+        fleet.workers[name].fault = refuse
+    async with serving(model_dir, fleet, max_attempts=2) as served:
+        texts = await asyncio.gather(*(text_of(served) for _ in range(8)))
+    assert texts == [expected(ids("hello"), 4, TOKENS)] * 8
+
+
+async def test_a_replica_that_refuses_again_and_again_is_not_asked_for_ever(model_dir):
+    fleet = FakeFleet("a")
+
+    def refuse(worker, submit, index):
+        worker.tokens(refusal(submit, "a prefill replica", retry=True))
+        return True
+
+    fleet.workers["a"].fault = refuse
+    async with serving(model_dir, fleet, max_attempts=2) as served:
+        with pytest.raises(openai.InternalServerError, match="2 attempts failed, as many as may: a, a"):
+            await text_of(served)
 
 
 async def test_attempts_that_advance_the_stream_are_not_counted(model_dir):
