@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored in a shell's background jobs, and so in all they start.
 
 # A busy machine is slow; only what is wrong may fail.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=(HealthCheck.too_slow,))
