@@ -110,9 +110,17 @@ def _replacing(snapshot: ClusterSnapshot, action: ScaleRole, group: Group, prese
     """Where no target rises, what is started is what is missing."""
     if action.replicas != group.wanted:
         return action
-    lost = [f"{one.replica_id} on {one.node}" for one in missing(snapshot, group, action.replicas - present)[:NAMED]]
-    text = f"{present} of the {action.replicas} that are wanted are there" + (f"; lost: {', '.join(lost)}" if lost else "")
+    leaving = [one for one in snapshot.replicas_by_group[group.name] if one.present and one.node in snapshot.drained]
+    lost = missing(snapshot, group, action.replicas - present - len(leaving))
+    text = (
+        f"{present} of the {action.replicas} that are wanted are there{_named('lost', lost)}{_named('to leave its node', leaving)}"
+    )
     return msgspec.structs.replace(action, reason=msgspec.structs.replace(action.reason, text=text))
+
+
+def _named(what: str, replicas: Sequence[ReplicaState]) -> str:
+    """After a semicolon; nothing of none."""
+    return f"; {what}: {', '.join(f'{one.replica_id} on {one.node}' for one in replicas[:NAMED])}" if replicas else ""
 
 
 def missing(snapshot: ClusterSnapshot, group: Group, count: int) -> Sequence[ReplicaState]:

@@ -58,6 +58,13 @@ def test_a_replacement_names_the_last_that_was_lost_since_the_target_rose_and_no
     assert why(NOW_S - 1.0) == "1 of the 2 that are wanted are there"
 
 
+def test_who_stands_in_for_a_replica_on_a_node_that_is_drained_names_it():
+    of = msgspec.structs.replace(OF, wanted=1)
+    hold = Hold(kind="drain", target="n3", author="ada", expires_s=NOW_S + 60)
+    actions, _ = expand(cluster([of], replicas=(replica("a", of, node="n3"),), holds=(hold,)), 1)
+    assert actions[0].reason.text == "0 of the 1 that are wanted are there; to leave its node: a on n3"
+
+
 def test_starts_spread_over_zones_then_over_room():
     nodes = tuple(
         Node(name=name, pool="p", slots=slots, zone=zone) for name, slots, zone in (("a", 8, "1"), ("b", 2, "2"), ("c", 4, "2"))
