@@ -91,8 +91,8 @@ def test_a_table_of_an_affine_model_has_its_times_to_the_last_bit(
 ) -> None:
     table = step_table_of(model)
     assert table.step_time_s(*step) == model.step_time_s(*step)
-    assert table.decode_span_s(batch, kv, steps) == model.decode_span_s(batch, kv, steps)
-    assert table.decode_steps_within(batch, kv, 1.0) == model.decode_steps_within(batch, kv, 1.0)
+    assert table.decode_span_s(batch, step[3], steps) == model.decode_span_s(batch, step[3], steps)
+    assert table.decode_steps_within(batch, step[3], 1.0) == model.decode_steps_within(batch, step[3], 1.0)
 
 
 def test_an_engine_without_pace_fits_every_step() -> None:
