@@ -22,6 +22,9 @@ from cluster.piecewise import Knots, check_knots, segments, value_at
 SCHEMA = 1
 AFFINE_POINTS = 9  # Places along each axis, evenly spaced in the logarithm, at which an affine model is held against a table.
 Bounds = tuple[float, float]
+USUAL_PROMPTS: Bounds = (1.0, 8192.0)  # As engines take them: tokens, sequences, and 2048 tokens of context each.
+USUAL_BATCHES: Bounds = (1.0, 256.0)
+USUAL_KV: Bounds = (1.0, 524_288.0)
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,7 +43,7 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     held_out_mean_error: float | None = None
     held_out_largest_error: float | None = None
     prefill_tokens: Bounds
-    """Least and most prompt tokens of a step among the points; likewise below. (0, 0): none had any."""
+    """Least and most prompt tokens of a step among the points; likewise below. (0, 0): no point had any."""
     sequences: Bounds
     kv_tokens: Bounds
     hardware: str
@@ -217,19 +220,30 @@ def _times(knots: Knots, factor: float) -> Knots:
 
 
 def _grid(fit: Fit) -> Iterator[tuple[int, int, int, int]]:
-    """Whole prompts, and decode batches with contexts that fit its domain: arguments of `step_time_s`."""
-    longest = max(fit.prefill_tokens[1], fit.kv_tokens[1] / max(fit.sequences[1], 1.0))
-    for tokens in _spread(fit.prefill_tokens):
+    """Whole prompts, and decode batches with contexts that fit its domain: arguments of `step_time_s`.
+
+    Where a domain is empty, as that of prompts whose times were derived, the usual one stands in.
+    """
+    prompts, batches, kept = (
+        ours if ours[1] else usual
+        for ours, usual in (
+            (fit.prefill_tokens, USUAL_PROMPTS),
+            (fit.sequences, USUAL_BATCHES),
+            (fit.kv_tokens, USUAL_KV),
+        )
+    )
+    longest = max(prompts[1], kept[1] / batches[1])
+    for tokens in _spread(prompts):
         yield tokens, causal_pairs(0, tokens), 0, 0
-    for sequences in _spread(fit.sequences):
-        for kv_tokens in _spread(fit.kv_tokens):
+    for sequences in _spread(batches):
+        for kv_tokens in _spread(kept):
             if sequences <= kv_tokens <= sequences * longest:
                 yield 0, 0, sequences, kv_tokens
 
 
 def _spread(bounds: Bounds) -> list[int]:
     low, high = max(1.0, bounds[0]), bounds[1]
-    return sorted({round(place) for place in np.geomspace(low, high, AFFINE_POINTS)}) if high >= low else []
+    return sorted({round(place) for place in np.geomspace(low, high, AFFINE_POINTS)})
 
 
 def step_table_of(model: PerformanceModel, *, fit: Fit | None = None) -> StepTable:
@@ -263,9 +277,9 @@ AFFINE_FIT = Fit(
     points=0,
     mean_error=0.0,
     largest_error=0.0,
-    prefill_tokens=(1.0, 8192.0),
-    sequences=(1.0, 256.0),
-    kv_tokens=(1.0, 524_288.0),
+    prefill_tokens=USUAL_PROMPTS,
+    sequences=USUAL_BATCHES,
+    kv_tokens=USUAL_KV,
     hardware="",
     model="",
     derived="not measured: an affine model's own times",
