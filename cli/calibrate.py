@@ -24,7 +24,7 @@ def calibrate(
     table: Annotated[Path, typer.Argument(metavar="TABLE", help="Where to write the table, as JSON.")],
     file: Annotated[Path, typer.Option("--file", "-f", help="A cluster.yaml.")] = Path("cluster.yaml"),
     group: Annotated[str, typer.Option(metavar="GROUP", help="MODEL/ROLE/POOL, or a role where only one group has it.")] = "decode",
-    rounds: Annotated[int, typer.Option(metavar="N", help="Each step is tried so often, and its median taken.", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Each step is tried so often, and the quickest taken.", min=1)] = 3,
     max_prompt: Annotated[int | None, typer.Option(metavar="N", help="Longest prompt; by default what fits.", min=32)] = None,
     max_batch: Annotated[int | None, typer.Option(metavar="N", help="Largest batch; by default max_running.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="What was measured and fitted, as one JSON object.")] = False,
