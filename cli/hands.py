@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import getpass
 import time
 from collections.abc import Iterable
@@ -12,16 +11,16 @@ import typer
 
 from cli.ask import ask
 from cli.fleet_home import FleetHome, only_fleet
+from cli.groups import named_group, near
 from cli.times import DAY_S, clock, duration, spell
 from cluster.errors import InvalidConfig, InvalidRequest
-from cluster.fleet import Fleet, ReplicaGroup
-from cluster.placement import group_of, limits_of
+from cluster.fleet import Fleet
+from cluster.placement import limits_of
 from cluster.snapshot import Hold
 
 MOST_S = 7 * DAY_S  # What is to hold for longer belongs into cluster.yaml.
 MOST_REPLICAS = 10_000  # As of a whole config.
 MOST_AUTHOR_CHARS = 64
-MOST_LIKE = 3
 
 FleetName = Annotated[str | None, typer.Option("--fleet", metavar="NAME", help="Which fleet; may be left out with only one up.")]
 For = Annotated[str, typer.Option("--for", metavar="TIME", help="How long: 30m, 2h, 1d; at most 7d.")]
@@ -98,7 +97,7 @@ def pin(
     if count > MOST_REPLICAS:
         raise InvalidConfig(f"{count} replicas are above {MOST_REPLICAS}, the most that a fleet may have")
     home = _home(fleet)
-    name, spec = _resolve(_fleet(home), group)
+    name, spec = named_group(_fleet(home), group)
     low, high = limits_of(spec)
     beyond = "" if low <= count <= high else f", outside its limits of {low} to {high}"
     _hold(home, "pin", f"{name} is pinned at {count}{beyond}", lasting, author, target=name, replicas=count)
@@ -110,7 +109,7 @@ def unpin(group: GroupName, fleet: FleetName = None) -> None:
     Example: mobula unpin decode
     """
     home = _home(fleet)
-    name, _ = _resolve(_fleet(home), group)
+    name, _ = named_group(_fleet(home), group)
     _unhold(home, ("pin",), name, f"{name} is scaled by the policies again", f"{name} was not pinned")
 
 
@@ -167,22 +166,4 @@ def _user() -> str:
 def _check_node(fleet: Fleet, name: str) -> None:
     known = [node.name for node in fleet.nodes]
     if name not in known:
-        raise InvalidRequest(f"{name} is no node of fleet {fleet.name}; {_near(name, known, 'nodes')}")
-
-
-def _resolve(fleet: Fleet, name: str) -> tuple[str, ReplicaGroup]:
-    """A group by its name, or by its role where no other has it."""
-    groups = {group_of(fleet, spec): spec for spec in fleet.replicas}
-    if name in groups:
-        return name, groups[name]
-    of_role = [group for group, spec in groups.items() if spec.role.value == name]
-    if len(of_role) == 1:
-        return of_role[0], groups[of_role[0]]
-    if of_role:
-        raise InvalidRequest(f"{len(of_role)} groups of fleet {fleet.name} are of role {name}: {', '.join(of_role)}; name one")
-    raise InvalidRequest(f"{name} is no group or role of fleet {fleet.name}; {_near(name, list(groups), 'groups')}")
-
-
-def _near(name: str, known: list[str], what: str) -> str:
-    near = difflib.get_close_matches(name, known, MOST_LIKE)
-    return f"near it are {', '.join(near)}" if near else f"its {what} are {', '.join(known)}"
+        raise InvalidRequest(f"{name} is no node of fleet {fleet.name}; {near(name, known, 'nodes')}")

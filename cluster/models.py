@@ -42,6 +42,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     """Every projection and norm has a bias (OPT)."""
     qk_norm: bool = False
     """Queries and keys are normalised per head (Qwen3)."""
+    embedding_norm: bool = False
+    """Embeddings are normalised before the first layer (BLOOM)."""
 
     @property
     def attention_parameters(self) -> int:
@@ -61,7 +63,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
     def parameters(self) -> int:
         """All, embeddings included."""
-        return self._embeddings + self._layers(self.experts) + self._norm
+        return self._embeddings + self._layers(self.experts) + (2 if self.embedding_norm else 1) * self._norm
 
     def matrix_parameters(self) -> int:
         """Active ones a token is multiplied with: two floating-point operations each. The input embedding is looked up."""
@@ -140,6 +142,22 @@ def _opt(name: str, layers: int, hidden: int, heads: int) -> ModelShape:
     )
 
 
+# Positions are a bias on attention scores (ALiBi), which has no parameters.
+_BLOOM = ModelShape(
+    name="bloom-176b",
+    layers=70,
+    hidden=14_336,
+    heads=112,
+    kv_heads=112,
+    head_dim=128,
+    intermediate=4 * 14_336,
+    vocabulary=250_880,
+    tied_embeddings=True,
+    gated=False,
+    biases=True,
+    embedding_norm=True,
+)
+
 # The presets of `mobula model init`.
 _TINY_DENSE = msgspec.structs.replace(_llama("tiny-dense", 3, 192, 6, 2, 512, 1024), tied_embeddings=True)
 _TINY_MOE = msgspec.structs.replace(
@@ -165,6 +183,7 @@ MODELS: Mapping[str, ModelShape] = {
         _mixtral("mixtral-8x7b", 32, 4096, 32, 8, 14_336, 32_000),
         _opt("opt-13b", 40, 5120, 40),
         _opt("opt-66b", 64, 9216, 72),
+        _BLOOM,
         _TINY_DENSE,
         _TINY_MOE,
     )

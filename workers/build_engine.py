@@ -15,12 +15,15 @@ from cluster.performance import PerformanceModel, roofline
 from workers.engines.engine import Engine
 
 if TYPE_CHECKING:
-    from workers.engines.step_driver import StepDriver
+    from workers.engines.step_driver import Driver, StepDriver
 
 
-def build_engine(group: ReplicaGroup, model: ModelSpec) -> Engine:
-    """Not started yet. Raises InvalidModel or InvalidConfig."""
-    return _torch_engine(group, model) if group.engine == "torch" else _emulated_engine(group, model)
+def build_engine(group: ReplicaGroup, model: ModelSpec, driver: Driver | None = None) -> Engine:
+    """Not started yet. `driver`: of an emulated engine's steps; None is the process's own, in real time.
+
+    Raises InvalidModel or InvalidConfig.
+    """
+    return _torch_engine(group, model) if group.engine == "torch" else _emulated_engine(group, model, driver or _driver())
 
 
 def performance_of(pace: Pace) -> PerformanceModel:
@@ -73,7 +76,7 @@ def _driver() -> StepDriver:
     return StepDriver()
 
 
-def _emulated_engine(group: ReplicaGroup, model: ModelSpec) -> Engine:
+def _emulated_engine(group: ReplicaGroup, model: ModelSpec, driver: Driver) -> Engine:
     from workers.engines.emulated import EmulatedEngine
 
     tokenizer = Path(model.path) / "tokenizer.json"
@@ -88,7 +91,7 @@ def _emulated_engine(group: ReplicaGroup, model: ModelSpec) -> Engine:
         step_budget_tokens=group.step_budget_tokens,
         context_tokens=group.kv_blocks * group.block_tokens,
         vocabulary=shape.vocabulary,
-        driver=_driver(),
+        driver=driver,
         revision=model.revision,
         # Small on purpose: hundreds of replicas share a memory bus that is not theirs to emulate.
         layout=KvLayout(layers=2, kv_heads=1, head_dim=8, block_tokens=group.block_tokens),

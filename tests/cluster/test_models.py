@@ -5,7 +5,8 @@ import pytest
 from cluster.errors import InvalidConfig
 from cluster.models import model_shape
 
-# Parameter counts of the safetensors index on each model's page; the OPT ones are those of the paper (arXiv:2205.01068).
+# Parameter counts of the safetensors index on each model's page; the OPT ones are those of the paper (arXiv:2205.01068),
+# and BLOOM's of its model card.
 PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
@@ -21,6 +22,7 @@ PUBLISHED = {
     "qwen3-32b": 32_762_123_264,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
+    "bloom-176b": 176_247_271_424,
 }
 
 
