@@ -21,7 +21,9 @@ from cluster.slo import Slo
 from gateway.generation import Generation
 from gateway.metrics import GatewayMetrics
 from gateway.request_log import RequestLog
-from policies.admission import AdmissionQueue, Admitted, Entry, Queued, Refused
+from policies.admission import Admitted, Entry, Queued, Refused
+from policies.expected_output import ExpectedOutput
+from policies.line import Line
 from policies.policy import Router
 from policies.route import Ask, Rejection, Route
 from policies.routing_view import FleetView
@@ -31,45 +33,7 @@ from transports.transport import Transport
 
 logger = logging.getLogger(__name__)
 
-EXPECTED_OUTPUT_TOKENS = 128  # Before anything was seen; the running mean takes over.
-MEAN_WEIGHT = 0.05  # Of the newest request in running means: they follow the last twenty or so.
 RETRY_ROUTE_S = 0.1  # A waiting request is routed again at least so often; reports come every 200 ms.
-
-
-class _Line:
-    """Who waits for replicas of one model. Those who resume go before all newcomers; what was accepted bounds their number."""
-
-    def __init__(self, spec: GatewaySpec) -> None:
-        self.queue = AdmissionQueue(max_waiting=spec.max_queue, timeout_s=spec.queue_timeout_s)
-        self.newcomers: dict[str, Generation] = {}
-        self.resuming: dict[str, Generation] = {}
-
-    def __len__(self) -> int:
-        return len(self.newcomers) + len(self.resuming)
-
-    def first(self, now_s: float) -> Generation | None:
-        if self.resuming:
-            return next(iter(self.resuming.values()))
-        entry = self.queue.peek(now_s)
-        return None if entry is None else self.newcomers[entry.request_id]
-
-    def leave(self, generation: Generation) -> None:
-        """It gave up. Harmless when it does not wait."""
-        request_id = generation.request.request_id
-        self.queue.cancel(request_id, time.time())
-        self.newcomers.pop(request_id, None)
-        self.resuming.pop(request_id, None)
-
-    def advance(self, generation: Generation, now_s: float) -> None:
-        """The first one goes on."""
-        request_id = generation.request.request_id
-        if self.resuming.pop(request_id, None) is None:
-            self.queue.pop(now_s)
-            del self.newcomers[request_id]
-
-    def overdue(self, now_s: float, timeout_s: float) -> list[Generation]:
-        expired = [self.newcomers.pop(entry.request_id) for entry in self.queue.expire(now_s)]
-        return expired + [one for one in self.resuming.values() if one.queued_s + timeout_s <= now_s]
 
 
 class Dispatcher:
@@ -99,8 +63,8 @@ class Dispatcher:
         self._replicas: dict[str, Replica] = {}
         self._contexts: dict[str, int] = {}
         self._running: dict[str, Generation] = {}
-        self._lines: dict[str, _Line] = {}
-        self._output_tokens: dict[str, float] = {}
+        self._lines: dict[str, Line[Generation]] = {}
+        self._outputs: dict[str, ExpectedOutput] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self.draining = False
 
@@ -264,14 +228,14 @@ class Dispatcher:
             model=request.model,
             prompt_tokens=len(tokens),
             block_hashes=tuple(block_hashes(tokens, generation.namespace)),
-            expected_output_tokens=min(left, round(self._output_tokens.get(request.model, EXPECTED_OUTPUT_TOKENS)) or 1),
+            expected_output_tokens=self._output(request.model).of(left),
             max_output_tokens=left,
             ttft_slo_s=slo.ttft_s,
             tpot_slo_s=slo.tpot_s,
             excluded=generation.excluded,
         )
 
-    def _offered(self, generation: Generation, line: _Line) -> bool:
+    def _offered(self, generation: Generation, line: Line[Generation]) -> bool:
         """Send it or let it wait; False where it was to be sent and could not. Raises Overloaded or InvalidRequest."""
         request, now_s = generation.request, time.time()
         request_id = request.request_id
@@ -359,7 +323,7 @@ class Dispatcher:
             with contextlib.suppress(Unreachable):
                 self._links.send(worker_id, Abort(request_id=generation.request.request_id, attempt=generation.attempt))
         else:
-            self._line(generation.request.model).leave(generation)
+            self._line(generation.request.model).leave(generation.request.request_id, time.time())
 
     def _release(self, generation: Generation) -> bool:
         """Whether it was running."""
@@ -379,9 +343,8 @@ class Dispatcher:
     def _end(self, generation: Generation, outcome: str) -> None:
         generation.done = True
         model = generation.request.model
-        mean = self._output_tokens.get(model, EXPECTED_OUTPUT_TOKENS)
         if outcome == "completed":
-            self._output_tokens[model] = mean + MEAN_WEIGHT * (len(generation.generated) - mean)
+            self._output(model).ended(len(generation.generated))
         self._metrics.ended(generation, outcome)
         if self._log is not None:
             self._log.write(generation, outcome)
@@ -389,11 +352,14 @@ class Dispatcher:
 
     # Waiting.
 
-    def _line(self, model: str) -> _Line:
+    def _line(self, model: str) -> Line[Generation]:
         line = self._lines.get(model)
         if line is None:
-            line = self._lines[model] = _Line(self._spec)
+            line = self._lines[model] = Line(max_waiting=self._spec.max_queue, timeout_s=self._spec.queue_timeout_s)
         return line
+
+    def _output(self, model: str) -> ExpectedOutput:
+        return self._outputs.setdefault(model, ExpectedOutput())
 
     def _pump(self) -> None:
         """Send whoever waits and has room now."""
@@ -403,7 +369,7 @@ class Dispatcher:
                 pass
             self._metrics.waiting(model, len(line))
 
-    def _advanced(self, generation: Generation, line: _Line, now_s: float) -> bool:
+    def _advanced(self, generation: Generation, line: Line[Generation], now_s: float) -> bool:
         """Whether the first in line went on, or for ever away."""
         route = self._route(generation, now_s)
         if isinstance(route, Rejection) and generation.excluded:
@@ -418,7 +384,7 @@ class Dispatcher:
             return hopeless
         if not self._send(generation, route, now_s):
             return True
-        line.advance(generation, now_s)
+        line.advance(generation.request.request_id, now_s)
         return True
 
     async def _tick(self) -> None:
@@ -435,7 +401,7 @@ class Dispatcher:
     def _expire(self, now_s: float) -> None:
         timeout_s = self._spec.queue_timeout_s
         for model, line in self._lines.items():
-            for generation in line.overdue(now_s, timeout_s):
+            for generation in line.overdue(now_s):
                 waited = f"for {timeout_s} s, as long as a request may wait"
                 if _past_deadline(generation, now_s):
                     error: MobulaError = DeadlineExceeded("no replica had room before the request's timeout_s was over")
