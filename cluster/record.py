@@ -33,6 +33,8 @@ class TraceRow(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: Annotated[int, msgspec.Meta(ge=1)] = BLOCK_TOKENS
     tenant: str = "default"
     slo_class: str = "default"
+    priority: int = 0
+    """Higher goes first."""
     session_id: str | None = None
     """Of the conversation it belongs to; None where unknown."""
 

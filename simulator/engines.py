@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cluster.performance import PerformanceModel
 from cluster.slo import Slo
+from cluster.step_table import StepTable
 from simulator.sketch import BUCKETS
 from simulator.steps import engines as compiled
 from simulator.steps import records
@@ -34,6 +35,19 @@ class Said(NamedTuple):
     engine: int
     request: int
     hashes: tuple[int, ...] = ()
+
+
+class Work(NamedTuple):
+    """What an engine has done since its start."""
+
+    busy_s: float
+    energy_j: float
+    """Of its steps; while idle it draws on."""
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+    steps: int
 
 
 class Engines:
@@ -90,8 +104,16 @@ class Engines:
 
     # ── models and engines ──
 
-    def model(self, performance: PerformanceModel) -> int:
+    def model(self, performance: PerformanceModel | StepTable) -> int:
         """A row for step times that replicas may have."""
+        scalars = np.zeros(records.SCALARS)
+        scalars[records.STEP_S] = performance.step_s
+        scalars[records.PAIR_S] = performance.prefill_pair_s
+        scalars[records.IDLE_W] = performance.idle_w
+        scalars[records.PREFILL_W] = performance.prefill_w
+        if isinstance(performance, StepTable):
+            scalars[records.MIXED_FACTOR] = performance.mixed_factor or 0.0
+            return self._add_model(scalars, (performance.prefill, performance.decode, performance.kv, performance.decode_w))
         growth_w = performance.prefill_w
         functions = (
             ((0.0, 0.0), (1.0, performance.prefill_token_s)),
@@ -99,11 +121,6 @@ class Engines:
             ((0.0, 0.0), (1.0, performance.kv_token_s)),
             ((0.0, growth_w), (1.0, growth_w)),
         )
-        scalars = np.zeros(records.SCALARS)
-        scalars[records.STEP_S] = performance.step_s
-        scalars[records.PAIR_S] = performance.prefill_pair_s
-        scalars[records.IDLE_W] = performance.idle_w
-        scalars[records.PREFILL_W] = growth_w
         scalars[records.STEP_J] = performance.step_s * (performance.decode_w - growth_w)
         return self._add_model(scalars, functions)
 
@@ -239,6 +256,13 @@ class Engines:
         out = np.zeros((len(engines), compiled.LOADS))
         compiled.loads(self.state, engines, now_s, out)
         return out
+
+    def work(self, engine: int, now_s: float) -> Work:
+        """Of all whole steps until now."""
+        compiled.catch_up(self.state, engine, now_s)
+        row = self.state.engines[engine]
+        counts = ("prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "all_steps")
+        return Work(float(row["busy_s"]), float(row["energy_j"]), *(int(row[name]) for name in counts))
 
     # ── growth ──
 

@@ -25,11 +25,11 @@ from simulator.steps.records import (
     Fleet,
 )
 from simulator.steps.calendar import unschedule
-from simulator.steps.times import step_j, steps_to
+from simulator.steps.times import step_j, step_s, steps_to
 from simulator.steps.records import IDLE_W
 
-RUNNING, WAITS, WAITING_TOKENS, KV_TOKENS, BLOCKS_USED, LATEST_STEP_S, POWER_W, LOADS = range(8)
-"""Columns of `loads`."""
+RUNNING, WAITS, WAITING_TOKENS, KV_TOKENS, BLOCKS_USED, LATEST_STEP_S, DECODE_STEP_S, POWER_W, LOADS = range(9)
+"""Columns of `loads`. DECODE_STEP_S: of one decode step of the present batch, as it truly is."""
 
 
 @njit(cache=True)
@@ -139,6 +139,7 @@ def loads(fleet: Fleet, engines: NDArray[np.int32], now_s: float, out: NDArray[n
         row[KV_TOKENS] = e.context_tokens + done * e.batch + e.joining_tokens
         row[BLOCKS_USED] = e.used + (blocks_wanted(fleet, engine, done + 1) if done > 0 else 0)
         row[LATEST_STEP_S] = e.step_s
+        row[DECODE_STEP_S] = e.slowness * step_s(fleet, e.times, 0, 0, int(row[RUNNING]), int(row[KV_TOKENS]))
         row[POWER_W] = fleet.scalars[e.times, IDLE_W]
         if e.span_steps > 0 and e.ends_s > e.began_s:
             lasting_s = e.ends_s - e.began_s
