@@ -258,10 +258,7 @@ class SimulatedCluster:
 
     def _remove(self, host: Host) -> None:
         if host.alive:
-            host.alive = False
-            host.bill(self._engines.work(host.engine, self._timeline.now_s))
-            self._engines.remove(host.engine, self._timeline.now_s)
-            self._serving.on_engine.pop(host.engine, None)
+            self._serving.close(host)
         del self.hosts[host.replica_id]
         host.gone_s = self._timeline.now_s
         self.gone.append(host)
@@ -270,7 +267,6 @@ class SimulatedCluster:
         """Its process ends or hangs: gateways notice after so long, the controller after its silence."""
         if not host.alive:
             return
-        host.bill(self._engines.work(host.engine, self._timeline.now_s))
         self._serving.lose(host, noticed_s)
         self._timeline.after(max(SILENCE_S, noticed_s), partial(self._missed, host))
 

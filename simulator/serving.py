@@ -180,15 +180,29 @@ class Serving:
         """Let engines compute. False where they stopped before `until_s`, as somebody has to react."""
         waits = any(gateway.waiting for gateway in self.gateways)
         reached = self.engines.advance(until_s, self._world.hop_s if waits else float("inf"))
+        return not self._take_said() and reached
+
+    def _take_said(self) -> bool:
+        """Note what engines have said. True where a prompt is done for another replica: that is to be seen to at once."""
+        urgent = False
         for said in self.engines.take_said():
             if said.kind == PREFILLED:
                 self._timeline.at(max(said.time_s, self._timeline.now_s), partial(self._prefilled, said.request, said.time_s))
-                reached = False
+                urgent = True
             else:
                 flight = self._flights.get(said.request) if said.kind in (FINISHED, FIRST_TOKEN) else None
                 at_s = said.time_s + self._world.hop_s
                 self._news.append(News(at_s, said.kind, self.on_engine[said.engine], flight, said.hashes))
-        return reached
+        return urgent
+
+    def close(self, host: Host) -> None:
+        """Its engine ends, its work billed. What it had said before is still on its way."""
+        now_s = self._timeline.now_s
+        host.alive = False
+        host.bill(self.engines.work(host.engine, now_s))
+        self.engines.remove(host.engine, now_s)
+        self._take_said()
+        del self.on_engine[host.engine]
 
     def deliver(self, now_s: float) -> None:
         """What has reached the gateways by now."""
@@ -223,10 +237,7 @@ class Serving:
 
     def lose(self, host: Host, noticed_s: float) -> None:
         """Its process is gone. Gateways notice so much later, and go on elsewhere."""
-        now_s = self._timeline.now_s
-        host.alive = False
-        self.engines.remove(host.engine, now_s)
-        self.on_engine = {row: one for row, one in self.on_engine.items() if one is not host}
+        self.close(host)
         for flight in list(host.sources):
             self.compute_where_decoded(flight)
         self._timeline.after(noticed_s, partial(self._noticed, host))
