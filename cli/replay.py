@@ -8,6 +8,7 @@ import resource
 import statistics
 from collections import deque
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from cluster.record import TraceRow
     from workloads.client import Load, Target
-    from workloads.reshape import Scale
+    from workloads.stream import Workload
 
 MAX_ROWS = 1_000_000  # Held in memory, about 1 KB each; more than a day at ten requests per second.
 ROLLING = 50
@@ -84,6 +85,7 @@ def replay(
     from workloads.client import Load, Target
     from workloads.report import render, summarise
     from workloads.reshape import Scale
+    from workloads.stream import open_workload
 
     console = Console(stderr=True)
     if plot and not plot.absolute().parent.is_dir():
@@ -91,7 +93,8 @@ def replay(
     scale = Scale(
         prompt=scale_prompt, output=scale_output, rate=scale_rate, max_prompt_tokens=max_prompt_tokens, max_output_tokens=max_tokens
     )  # fmt: skip
-    rows = load_rows(trace, 60 * start, None if minutes is None else 60 * minutes, scale, seed)
+    workload = open_workload(trace, seed=seed, start_s=60 * start, span_s=None if minutes is None else 60 * minutes, scale=scale)
+    rows = load_rows(workload)
     allow_open_files(max_in_flight)
     url = url.rstrip("/").removesuffix("/v1")
     model = asyncio.run(served_model(url, key, model))
@@ -99,8 +102,7 @@ def replay(
         url=url, model=model, api=api, key=key, text=text, force_length=force_length, seed=seed, timeout_s=timeout,
         max_in_flight=max_in_flight,
     )  # fmt: skip
-    workload = f"{trace}, {part(start, minutes)}: {scale}"
-    _say(console, f"{len(rows)} requests in {rows[-1].arrival_s:.0f} s of {workload}")
+    _say(console, f"{len(rows)} requests in {rows[-1].arrival_s:.0f} s of {workload.words}")
     load, interrupted = Load(), False
     try:
         asyncio.run(watched(rows, target, load, console))
@@ -108,7 +110,7 @@ def replay(
         interrupted = True
         _say(console, f"stopped: of {len(rows)} requests {load.sent} were sent and {len(load.samples)} had ended", style="yellow")
 
-    report = summarise(load, Slo(ttft_s=slo_ttft, tpot_s=slo_tpot), workload=workload, target=f"{model} at {url}")
+    report = summarise(load, Slo(ttft_s=slo_ttft, tpot_s=slo_tpot), workload=workload.words, target=f"{model} at {url}")
     for kind, detail in {sample.timing.error: sample.detail for sample in reversed(load.samples) if sample.timing.error}.items():
         _say(console, f"{kind}: {detail}", style="red")
     if plot:
@@ -129,13 +131,6 @@ def _say(console: Console, line: str, style: str = "") -> None:
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def part(start: float, minutes: float | None) -> str:
-    """Which minutes of a trace, in words."""
-    if minutes is None:
-        return f"from minute {start:g}" if start else "whole"
-    return f"minutes {start:g} to {start + minutes:g}"
-
-
 def allow_open_files(sockets: int) -> None:
     """Raise the process's limit on open files to that many sockets and some. Raises InvalidConfig above what the system allows."""
     needed = sockets + SPARE_FILES
@@ -146,25 +141,12 @@ def allow_open_files(sockets: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def load_rows(trace: str, start_s: float, span_s: float | None, scale: Scale, seed: int) -> list[TraceRow]:
-    """The rows to send, in order of arrival. Raises InvalidTrace or InvalidConfig."""
-    from workloads.generators import is_generator, parse_generator
-    from workloads.reshape import window
-    from workloads.traces import open_trace
-
-    if is_generator(trace):
-        rows, ordered = parse_generator(trace).rows(seed), True
-    else:
-        source = open_trace(trace)
-        rows, ordered = iter(source), source.ordered
-    chosen = []
-    for row in window(rows, start_s, span_s, ordered=ordered):
-        chosen.append(scale(row))
-        if len(chosen) > MAX_ROWS:
-            raise InvalidConfig(f"{trace}: more than {MAX_ROWS} requests; choose fewer with --minutes")
-    if not chosen:
-        raise InvalidConfig(f"{trace}: no request arrives in the chosen minutes")
-    return sorted(chosen, key=lambda row: row.arrival_s)
+def load_rows(workload: Workload) -> list[TraceRow]:
+    """All its rows. Raises InvalidTrace or InvalidConfig."""
+    rows = list(islice(workload, MAX_ROWS + 1))
+    if len(rows) > MAX_ROWS:
+        raise InvalidConfig(f"{workload.words}: more than {MAX_ROWS} requests; choose fewer with --minutes")
+    return rows
 
 
 async def served_model(url: str, key: str | None, model: str | None) -> str:

@@ -65,6 +65,14 @@ class Generator(msgspec.Struct, frozen=True, kw_only=True):
     def span_s(self) -> float:
         return sum(seconds for _, seconds in self.steps)
 
+    def expected(self, until_s: float) -> float:
+        """Requests that arrive before `until_s`, on average."""
+        expected, start_s = 0.0, 0.0
+        for rate, seconds in self.steps:
+            expected += rate * min(max(0.0, until_s - start_s), seconds)
+            start_s += seconds
+        return expected
+
     def rows(self, seed: int) -> Iterator[TraceRow]:
         """The same rows for the same seed, in order of arrival."""
         random = Random(seed)

@@ -68,11 +68,12 @@ ROWS = st.builds(
     block_tokens=st.integers(1, 4096),
     tenant=TEXT,
     slo_class=TEXT,
+    priority=st.integers(-100, 100),
     session_id=st.none() | TEXT,
 )
 
 
-@given(rows=st.lists(ROWS, min_size=1, max_size=5))
+@given(rows=st.lists(ROWS, min_size=1, max_size=5).map(lambda rows: sorted(rows, key=lambda row: row.arrival_s)))
 def test_own_format_round_trips(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("own") / "trace.jsonl"
     path.write_bytes(b"".join(map(to_line, rows)))
@@ -96,6 +97,26 @@ def test_own_format_round_trips(tmp_path_factory, rows):
         (to_line(row(0.0, 5, 5)).replace(b'"schema":1', b'"schema":9'), 1, "schema", "schema"),
         (to_line(row(0.0, 5, 2**40)), 1, "'1099511627776'", "output_tokens of at most 1048576"),
         (to_line(row(1e300, 5, 5)), 1, "'1e+300'", "arrival_s of at most 1e+09"),
+        (to_line(row(0.0, 5, 5, block_hashes=(1, 2**64))), 1, "'18446744073709551616'", "block_hashes of at most"),
+        (to_line(row(0.0, 5, 5, priority=101)), 1, "priority", "<= 100"),
+        (to_line(row(0.0, 5, 5)).replace(b'"arrival_s":0.0,', b""), 1, "schema", "missing required field `arrival_s`"),
+        (to_line(row(0.0, 5, 5)).replace(b'"arrival_s":0.0,', b'"arrival_s":1e999,'), 1, "schema", "out of range"),
+        (
+            MOONCAKE + '\n{"timestamp": 5000, "input_length": 7, "output_length": 1, "hash_ids": [18446744073709551616]}',
+            3,
+            "'184",
+            "hash_ids",
+        ),
+        (MOONCAKE.replace("4500", "NaN"), 2, "NaN", "whole JSON record"),
+        (
+            MOONCAKE + '\n{"input_length": 7, "output_length": 1, "hash_ids": []}',
+            3,
+            "input_length",
+            "missing required field `timestamp`",
+        ),
+        (AZURE + ",1,5", 4, "''", "TIMESTAMP like"),
+        (BURSTGPT + ",,1,GPT-4,1,1,2,API log", 4, "''", "Timestamp as seconds"),
+        (BURSTGPT + "44,,1,GPT-4,1,1,2,API log", 4, "'44'", "it is 1.5 s before"),
         (b"\x00\xff\xfe", 1, "no text in UTF-8", "a header with TIMESTAMP"),
         ('{"a": 1}', 1, "a", "hash_ids (Mooncake)"),
     ],
