@@ -34,16 +34,20 @@ def split_blocks(row: TraceRow, block_tokens: int) -> tuple[int, ...]:
     ends = np.arange(block_tokens, (full + 1) * block_tokens, block_tokens)
     places = (ends - 1) // size
     parents = np.array(hashes[: places[-1] + 1], dtype=np.uint64)
-    return tuple(mixed(parents[places], (ends - places * size).astype(np.uint64)).tolist())
+    return tuple(numbers(mixed(parents)[places], (ends - places * size).astype(np.uint64)).tolist())
 
 
-def mixed(parents: NDArray[np.uint64], places: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A hash for each parent's hash and place: the `place`-th number of the SplitMix64 generator seeded with the parent.
+def numbers(seeds: NDArray[np.uint64], places: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Of the SplitMix64 generator with each seed the number at each place, from 1: one to one in the seed, and in the place.
 
-    One to one in the parent for a given place, and in the place for a given parent. Source: G. Steele, D. Lea, C. Flood, Fast
-    Splittable Pseudorandom Number Generators (OOPSLA 2014), figure 13; the constants are of D. Stafford's variant 13 of the mix.
+    Seeds that may be a multiple of its constant apart would meet, so counted or given ones are `mixed` before.
+    Source: G. Steele, D. Lea, C. Flood, Fast Splittable Pseudorandom Number Generators (OOPSLA 2014), figure 13.
     """
-    state = parents + places * _GOLDEN
-    state = (state ^ (state >> _30)) * _FIRST
-    state = (state ^ (state >> _27)) * _SECOND
-    return state ^ (state >> _31)
+    return mixed(seeds + places * _GOLDEN)
+
+
+def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Each value scattered over 64 bits, one to one: the last step of SplitMix64, with D. Stafford's constants (his variant 13)."""
+    values = (values ^ (values >> _30)) * _FIRST
+    values = (values ^ (values >> _27)) * _SECOND
+    return values ^ (values >> _31)
