@@ -13,8 +13,10 @@ from typing import BinaryIO
 from cluster.errors import InvalidConfig
 from cluster.ranges import at_least, positive
 from cluster.record import TraceRow
-from workloads.generators import Generator, is_generator, parse_generator
+from workloads.generators import is_generator, parse_generator
+from workloads.renewal import Generator
 from workloads.reshape import Scale, window
+from workloads.sessions import Sessions
 from workloads.traces import MAX_SPAN_S, MAX_TOKENS, Trace, open_trace
 
 
@@ -44,7 +46,7 @@ class _File:
 class _Made:
     """A generator with its seed."""
 
-    def __init__(self, generator: Generator, seed: int) -> None:
+    def __init__(self, generator: Generator | Sessions, seed: int) -> None:
         self._generator, self._seed = generator, seed
         self.span_s = generator.span_s
 
@@ -80,7 +82,7 @@ class Workload:
 
     @property
     def expected_rows(self) -> float | None:
-        """About how many come; None where only reading the file tells."""
+        """About how many come; None where only reading or making them tells."""
         total = self._source.expected(self._start_s + self._span_s)
         return None if total is None else total - (self._source.expected(self._start_s) or 0.0)
 
