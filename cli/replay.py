@@ -48,6 +48,9 @@ def replay(
     key: Annotated[str | None, _option(ENDPOINT, "KEY", "API key.", envvar="OPENAI_API_KEY")] = None,
     text: Annotated[bool, _option(ENDPOINT, None, "Words, not exact token ids; always with chat.", "--text")] = False,
     force_length: Annotated[bool, _option(ENDPOINT, None, "Send ignore_eos and min_tokens: outputs as long as traced.")] = True,
+    max_priority: Annotated[
+        int | None, _option(ENDPOINT, "N", "Highest that the key may ask for; rows above it ask for it. By default 0 with a key.")
+    ] = None,
     max_in_flight: Annotated[int, _option(ENDPOINT, "N", "Bound on open requests; reported if reached.", min=1)] = 1024,
     timeout: Annotated[float, _option(ENDPOINT, "S", "Seconds for one request.", min=0.001)] = 300.0,
     start: Annotated[float, _option(TRACE, "MIN", "Minutes of the trace to skip.", min=0)] = 0.0,
@@ -77,6 +80,10 @@ def replay(
     mobula replay "poisson:rate=4,minutes=2,prompt=lognormal(200,0.6),output=fixed(32)" --seed 7 --json
 
     mobula replay "steps:rates=2x40/8x40/2x40,prompt=uniform(50,400),output=fixed(32),shared=0.5,prefix=64"
+
+    mobula replay "diurnal:low=1,high=5,period_h=0.5,hours=1,lengths=azure_conv.csv,tenants=a:3/b:1,priorities=0:9/5:1"
+
+    mobula replay "sessions:rate=0.5,minutes=10,turns=geometric(5),think=lognormal(30,0.8),prompt=fixed(80),output=fixed(60)"
     """
     import msgspec
     from rich.console import Console
@@ -100,7 +107,7 @@ def replay(
     model = asyncio.run(served_model(url, key, model))
     target = Target(
         url=url, model=model, api=api, key=key, text=text, force_length=force_length, seed=seed, timeout_s=timeout,
-        max_in_flight=max_in_flight,
+        max_in_flight=max_in_flight, max_priority=0 if max_priority is None and key else max_priority,
     )  # fmt: skip
     _say(console, f"{len(rows)} requests in {rows[-1].arrival_s:.0f} s of {workload.words}")
     load, interrupted = Load(), False

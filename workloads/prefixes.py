@@ -7,6 +7,7 @@ An opening and a prompt's own part are each a seed; the block at a place has the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 
 import msgspec
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from cluster.kv import BLOCK_TOKENS
 from workloads.blocks import numbers
+from workloads.chance import stream
 
 BATCH_BLOCKS = 2**17  # Hashed at once: some 10 MB while they are handed out.
 
@@ -53,8 +55,23 @@ class Prefixes(msgspec.Struct, frozen=True, kw_only=True):
     """Length of each; what fills no block is not shared."""
     count: int = 1
 
-    def hashes(self, prompt_tokens: Counts, openings: Seeds, chance: np.random.Generator) -> Iterator[tuple[int, ...]]:
-        """`openings`: seeds, one for each prefix."""
+    def drawing(self, seed: int) -> PrefixDrawing:
+        return PrefixDrawing(self, seed)
+
+
+class PrefixDrawing:
+    """Prefixes with the seeds of their blocks, and the streams of chance that choose between them."""
+
+    def __init__(self, prefixes: Prefixes, seed: int) -> None:
+        self._prefixes = prefixes
+        self._openings = seeds(stream(seed, "openings"), prefixes.count)
+        self._shared, self._chosen, self._own = (stream(seed, concern) for concern in ("shared", "chosen", "prefixes"))
+
+    def next(self, prompt_tokens: Counts) -> Iterator[tuple[int, ...]]:
+        """Block hashes of the next prompts."""
         count = len(prompt_tokens)
-        lengths = np.where(chance.random(count) < self.share, self.tokens, 0)
-        return prompt_hashes(prompt_tokens, openings[chance.integers(self.count, size=count)], lengths, seeds(chance, count))
+        if self._prefixes.share == 0.0:
+            return repeat((), count)
+        opening_tokens = np.where(self._shared.random(count) < self._prefixes.share, self._prefixes.tokens, 0)
+        openings = self._openings[self._chosen.integers(self._prefixes.count, size=count)]
+        return prompt_hashes(prompt_tokens, openings, opening_tokens, seeds(self._own, count))

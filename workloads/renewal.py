@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import repeat
 
 import msgspec
 
@@ -12,7 +11,7 @@ from workloads import arrivals
 from workloads.chance import stream
 from workloads.lengths import Empirical, Lengths
 from workloads.population import Population
-from workloads.prefixes import Prefixes, seeds
+from workloads.prefixes import Prefixes
 
 
 class Generator(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,13 +38,12 @@ class Generator(msgspec.Struct, frozen=True, kw_only=True):
     def rows(self, seed: int) -> Iterator[TraceRow]:
         """The same rows for the same seed, in order of arrival."""
         prompts, outputs = (stream(seed, "lengths" if self.paired else concern) for concern in ("prompts", "outputs"))
-        openings, own = seeds(stream(seed, "openings"), self.prefixes.count), stream(seed, "prefixes")
-        senders = self.population.drawing(seed)
+        prefixes, senders = self.prefixes.drawing(seed), self.population.drawing(seed)
         for times_s in arrivals.arrivals(self.steps, self.burstiness, stream(seed, "arrivals")):
             count = len(times_s)
             prompt_tokens = self.prompt.draw(prompts, count)
             output_tokens = self.output.draw(outputs, count).tolist()
-            hashes = self.prefixes.hashes(prompt_tokens, openings, own) if self.prefixes.share else repeat((), count)
+            hashes = prefixes.next(prompt_tokens)
             columns = (times_s.tolist(), prompt_tokens.tolist(), output_tokens, hashes, senders.next(count))
             for arrival_s, prompt, output, block_hashes, (tenant, slo_class, priority) in zip(*columns, strict=True):
                 yield TraceRow(

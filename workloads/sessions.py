@@ -117,16 +117,16 @@ class Sessions(msgspec.Struct, frozen=True, kw_only=True):
         """Each conversation's first turn and the rest of it, in order."""
         concerns = ("turns", "think", "prompts", "outputs")
         turns, think, messages, outputs = (stream(seed, concern) for concern in concerns)
-        openings, own = seeds(stream(seed, "openings"), self.systems), stream(seed, "prefixes")
+        openings, chosen, own = seeds(stream(seed, "openings"), self.systems), stream(seed, "chosen"), stream(seed, "prefixes")
         senders = self.population.drawing(seed)
         number = 0
         for times_s in arrivals.arrivals(self.steps, 1.0, stream(seed, "arrivals")):
             count = len(times_s)
             lengths = self.turns.draw(turns, count)
-            chosen = openings[own.integers(self.systems, size=count)].tolist()
+            opened = openings[chosen.integers(self.systems, size=count)].tolist()
             roots = seeds(own, count).tolist()
             for start_s, length, opening, root, sender in zip(
-                times_s.tolist(), lengths.tolist(), chosen, roots, senders.next(count), strict=True
+                times_s.tolist(), lengths.tolist(), opened, roots, senders.next(count), strict=True
             ):
                 waits_s = self.think.draw(think, length).tolist()
                 said, answered = self.message.draw(messages, length).tolist(), self.output.draw(outputs, length).tolist()
