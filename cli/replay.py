@@ -40,7 +40,11 @@ ENDPOINT, TRACE, REPORT = "Endpoint", "Trace", "Report"
 
 def replay(
     trace: Annotated[
-        str, typer.Argument(metavar="TRACE", help="Trace file (Azure LLM, Mooncake, BurstGPT, request log) or a generator.")
+        str,
+        typer.Argument(
+            metavar="TRACE",
+            help="Trace file (Azure LLM, Mooncake, BurstGPT, request log) or generator (poisson, gamma, steps, diurnal, sessions).",
+        ),
     ],
     url: Annotated[str, _option(ENDPOINT, "URL", "Server, with or without /v1.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, _option(ENDPOINT, "NAME", "By default the first that the server lists.")] = None,

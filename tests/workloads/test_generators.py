@@ -10,6 +10,7 @@ import pytest
 
 from cluster.errors import InvalidConfig
 from cluster.record import TraceRow
+from workloads import generators
 from workloads.generators import is_generator, parse_generator
 
 POISSON = "poisson:rate=10,minutes=10,prompt=lognormal(200,0.6),output=fixed(32)"
@@ -194,6 +195,13 @@ def test_rows_are_made_as_they_are_asked_for():
 def test_a_wrong_generator_is_named(text, message):
     with pytest.raises(InvalidConfig, match=message):
         parse_generator(text)
+
+
+def test_every_form_that_the_documentation_shows_makes_rows(seen):
+    shown = [line.strip() for line in generators.__doc__.splitlines() if line.startswith("    ")]
+    assert {text.partition(":")[0] for text in shown} == {"poisson", "gamma", "steps", "diurnal", "sessions"}
+    for text in shown:
+        assert next(parse_generator(text.replace("azure_conv.csv", str(seen))).rows(0)).prompt_tokens
 
 
 def test_a_generator_is_told_from_a_file():

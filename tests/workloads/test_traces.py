@@ -1,12 +1,14 @@
 """Every trace format reads to the same rows, and a broken line is named."""
 
 import gzip
+import statistics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import InvalidTrace
+from cluster.kv import blocks_for
 from cluster.record import TraceRow, to_line
 from workloads.traces import open_trace
 
@@ -163,3 +165,45 @@ def test_published_traces_read_whole(data_dir, file, count, last_s):
     rows = list(open_trace(data_dir / file))
     assert len(rows) == count
     assert rows[-1].arrival_s == pytest.approx(last_s, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("file", "prompt", "output"),
+    [
+        ("azure_llm_2023/AzureLLMInferenceTrace_conv.csv", (1020, 1155), (129, 211)),
+        ("mooncake_fast25/conversation_trace.jsonl", (None, 12035), (None, 343)),
+    ],
+)
+def test_published_traces_have_their_published_lengths(data_dir, file, prompt, output):
+    """Median and mean, to the token. Mooncake's README gives means only."""
+    rows = list(open_trace(data_dir / file))
+    for (median, mean), lengths in (
+        (prompt, [row.prompt_tokens for row in rows]),
+        (output, [row.output_tokens for row in rows]),
+    ):
+        assert median in (None, statistics.median(lengths))
+        assert statistics.mean(lengths) == pytest.approx(mean, abs=1.0)
+
+
+def test_mooncakes_rows_have_a_hash_for_each_block_of_their_prompts(data_dir):
+    for row in open_trace(data_dir / "mooncake_fast25/conversation_trace.jsonl"):
+        assert len(row.block_hashes) == blocks_for(row.prompt_tokens, row.block_tokens)
+
+
+def test_a_week_of_azure_2024_keeps_its_times(written):
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    text += "".join(f"2024-05-{day} 23:59:59.999999+00:00,{day},{day}\n" for day in range(10, 20))
+    assert [(each.arrival_s, each.prompt_tokens) for each in open_trace(written(text))] == [
+        (86400.0 * at, 10 + at) for at in range(10)
+    ]
+
+
+def test_burstgpt_logs_of_both_kinds_and_fractions_of_seconds_are_read(written):
+    header = BURSTGPT.splitlines()[0]
+    lines = [
+        "0.5,17,0.8,ChatGPT,21,5,26,Conversation log",
+        "0.5,,7,GPT-4,1,0,1,API log",
+        "1e7,17,,ChatGPT,99,4,103,Conversation log",
+    ]
+    rows = [row(0.0, 21, 5, session_id="17"), row(0.0, 1, 0), row(1e7 - 0.5, 99, 4, session_id="17")]
+    assert list(open_trace(written("\n".join([header, *lines])))) == rows
