@@ -39,6 +39,7 @@ MAX_RATE = 1e6
 MAX_STEPS = 1_000_000  # Two years of minutes.
 MAX_TURNS = 10_000
 MAX_SHARES = 10_000
+MAX_SIGMA = 10.0  # A third of the values are further than a factor of 22,000 from the median.
 MAX_NAME_CHARS = 64
 
 _Fields = dict[str, str]
@@ -198,17 +199,17 @@ def _waits(name: str, text: str) -> Waits:
 def _distribution(
     name: str, text: str, known: dict[str, tuple[int, ...]], low: float, high: float
 ) -> tuple[str, tuple[float, ...]]:
-    """Its kind and arguments: each in [low, high], but a sigma in [0, high]."""
+    """Its kind and arguments: each in [low, high], but a sigma in [0, MAX_SIGMA]."""
     found = _DRAWN.fullmatch(text)
     if not found or found[1] not in known:
         raise InvalidConfig(f"{name}={text!r} is none of {', '.join(f'{kind}(...)' for kind in known)}")
     kind, arguments = found[1], found[2].split(",")
     if len(arguments) not in known[kind]:
         raise InvalidConfig(f"{name}={text!r} has {len(arguments)} arguments, {kind} takes {_either(known[kind])}")
-    numbers = tuple(
-        _number(f"{name}={text}", argument, 0.0 if kind == "lognormal" and place == 1 else low, high)
-        for place, argument in enumerate(arguments)
-    )
+    ranges = [(low, high)] * len(arguments)
+    if kind == "lognormal":
+        ranges[1] = (0.0, MAX_SIGMA)
+    numbers = tuple(_number(f"{name}={text}", argument, *bounds) for argument, bounds in zip(arguments, ranges, strict=True))
     if kind == "uniform" and numbers[0] > numbers[1]:
         raise InvalidConfig(f"{name}={text!r}: the lower bound is above the upper")
     return kind, numbers

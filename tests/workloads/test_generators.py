@@ -169,6 +169,10 @@ def test_rows_are_made_as_they_are_asked_for():
         ("poisson:rate=1e6,minutes=1e6,prompt=fixed(1),output=fixed(1)", "above 1000000000"),
         ("poisson:rate=1,minutes=1,prompt=geometric(0),output=fixed(1)", "prompt=geometric\\(0\\): 0 is outside"),
         ("poisson:rate=1,minutes=1,prompt=fixed(1),output=lognormal(9,-1)", "output=lognormal\\(9,-1\\): -1 is outside"),
+        (
+            "poisson:rate=1,minutes=1,prompt=fixed(1),output=lognormal(9,11)",
+            "output=lognormal\\(9,11\\): 11 is outside \\[0, 10\\]",
+        ),
         ("poisson:rate=1,minutes=1,prompt=lognormal(9,1,7,3),output=fixed(1)", "lower bound is above"),
         ("poisson:rate=1,minutes=1,prompt=fixed(1),output=fixed(1),prefix=64.5", "prefix: 64.5 is no whole number"),
         ("poisson:rate=1,minutes=1,prompt=fixed(1),output=fixed(1),tenants=a", "tenants: '' is no name of 1 to 64"),
