@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from cluster.errors import InvalidConfig
-from gateway.keys import MAX_PRIORITY, add_key, read_keys
+from cluster.request import MAX_PRIORITY
+from gateway.keys import add_key, read_keys
 
 app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True, add_completion=False)
 

@@ -8,6 +8,7 @@ import resource
 import statistics
 from collections import deque
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from cluster.record import TraceRow
     from workloads.client import Load, Target
-    from workloads.reshape import Scale
+    from workloads.stream import Workload
 
 MAX_ROWS = 1_000_000  # Held in memory, about 1 KB each; more than a day at ten requests per second.
 ROLLING = 50
@@ -39,7 +40,11 @@ ENDPOINT, TRACE, REPORT = "Endpoint", "Trace", "Report"
 
 def replay(
     trace: Annotated[
-        str, typer.Argument(metavar="TRACE", help="Trace file (Azure LLM, Mooncake, BurstGPT, request log) or a generator.")
+        str,
+        typer.Argument(
+            metavar="TRACE",
+            help="Trace file (Azure LLM, Mooncake, BurstGPT, request log) or generator (poisson, gamma, steps, diurnal, sessions).",
+        ),
     ],
     url: Annotated[str, _option(ENDPOINT, "URL", "Server, with or without /v1.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, _option(ENDPOINT, "NAME", "By default the first that the server lists.")] = None,
@@ -47,6 +52,9 @@ def replay(
     key: Annotated[str | None, _option(ENDPOINT, "KEY", "API key.", envvar="OPENAI_API_KEY")] = None,
     text: Annotated[bool, _option(ENDPOINT, None, "Words, not exact token ids; always with chat.", "--text")] = False,
     force_length: Annotated[bool, _option(ENDPOINT, None, "Send ignore_eos and min_tokens: outputs as long as traced.")] = True,
+    max_priority: Annotated[
+        int | None, _option(ENDPOINT, "N", "Highest that the key may ask for; rows above it ask for it. By default 0 with a key.")
+    ] = None,
     max_in_flight: Annotated[int, _option(ENDPOINT, "N", "Bound on open requests; reported if reached.", min=1)] = 1024,
     timeout: Annotated[float, _option(ENDPOINT, "S", "Seconds for one request.", min=0.001)] = 300.0,
     start: Annotated[float, _option(TRACE, "MIN", "Minutes of the trace to skip.", min=0)] = 0.0,
@@ -76,6 +84,10 @@ def replay(
     mobula replay "poisson:rate=4,minutes=2,prompt=lognormal(200,0.6),output=fixed(32)" --seed 7 --json
 
     mobula replay "steps:rates=2x40/8x40/2x40,prompt=uniform(50,400),output=fixed(32),shared=0.5,prefix=64"
+
+    mobula replay "diurnal:low=1,high=5,period_h=0.5,hours=1,lengths=azure_conv.csv,tenants=a:3/b:1,priorities=0:9/5:1"
+
+    mobula replay "sessions:rate=0.5,minutes=10,turns=geometric(5),think=lognormal(30,0.8),prompt=fixed(80),output=fixed(60)"
     """
     import msgspec
     from rich.console import Console
@@ -84,6 +96,7 @@ def replay(
     from workloads.client import Load, Target
     from workloads.report import render, summarise
     from workloads.reshape import Scale
+    from workloads.stream import open_workload
 
     console = Console(stderr=True)
     if plot and not plot.absolute().parent.is_dir():
@@ -91,16 +104,16 @@ def replay(
     scale = Scale(
         prompt=scale_prompt, output=scale_output, rate=scale_rate, max_prompt_tokens=max_prompt_tokens, max_output_tokens=max_tokens
     )  # fmt: skip
-    rows = load_rows(trace, 60 * start, None if minutes is None else 60 * minutes, scale, seed)
+    workload = open_workload(trace, seed=seed, start_s=60 * start, span_s=None if minutes is None else 60 * minutes, scale=scale)
+    rows = load_rows(workload)
     allow_open_files(max_in_flight)
     url = url.rstrip("/").removesuffix("/v1")
     model = asyncio.run(served_model(url, key, model))
     target = Target(
         url=url, model=model, api=api, key=key, text=text, force_length=force_length, seed=seed, timeout_s=timeout,
-        max_in_flight=max_in_flight,
+        max_in_flight=max_in_flight, max_priority=0 if max_priority is None and key else max_priority,
     )  # fmt: skip
-    workload = f"{trace}, {part(start, minutes)}: {scale}"
-    _say(console, f"{len(rows)} requests in {rows[-1].arrival_s:.0f} s of {workload}")
+    _say(console, f"{len(rows)} requests in {rows[-1].arrival_s:.0f} s of {workload.words}")
     load, interrupted = Load(), False
     try:
         asyncio.run(watched(rows, target, load, console))
@@ -108,7 +121,7 @@ def replay(
         interrupted = True
         _say(console, f"stopped: of {len(rows)} requests {load.sent} were sent and {len(load.samples)} had ended", style="yellow")
 
-    report = summarise(load, Slo(ttft_s=slo_ttft, tpot_s=slo_tpot), workload=workload, target=f"{model} at {url}")
+    report = summarise(load, Slo(ttft_s=slo_ttft, tpot_s=slo_tpot), workload=workload.words, target=f"{model} at {url}")
     for kind, detail in {sample.timing.error: sample.detail for sample in reversed(load.samples) if sample.timing.error}.items():
         _say(console, f"{kind}: {detail}", style="red")
     if plot:
@@ -129,13 +142,6 @@ def _say(console: Console, line: str, style: str = "") -> None:
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def part(start: float, minutes: float | None) -> str:
-    """Which minutes of a trace, in words."""
-    if minutes is None:
-        return f"from minute {start:g}" if start else "whole"
-    return f"minutes {start:g} to {start + minutes:g}"
-
-
 def allow_open_files(sockets: int) -> None:
     """Raise the process's limit on open files to that many sockets and some. Raises InvalidConfig above what the system allows."""
     needed = sockets + SPARE_FILES
@@ -146,25 +152,12 @@ def allow_open_files(sockets: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def load_rows(trace: str, start_s: float, span_s: float | None, scale: Scale, seed: int) -> list[TraceRow]:
-    """The rows to send, in order of arrival. Raises InvalidTrace or InvalidConfig."""
-    from workloads.generators import is_generator, parse_generator
-    from workloads.reshape import window
-    from workloads.traces import open_trace
-
-    if is_generator(trace):
-        rows, ordered = parse_generator(trace).rows(seed), True
-    else:
-        source = open_trace(trace)
-        rows, ordered = iter(source), source.ordered
-    chosen = []
-    for row in window(rows, start_s, span_s, ordered=ordered):
-        chosen.append(scale(row))
-        if len(chosen) > MAX_ROWS:
-            raise InvalidConfig(f"{trace}: more than {MAX_ROWS} requests; choose fewer with --minutes")
-    if not chosen:
-        raise InvalidConfig(f"{trace}: no request arrives in the chosen minutes")
-    return sorted(chosen, key=lambda row: row.arrival_s)
+def load_rows(workload: Workload) -> list[TraceRow]:
+    """All its rows. Raises InvalidTrace or InvalidConfig."""
+    rows = list(islice(workload, MAX_ROWS + 1))
+    if len(rows) > MAX_ROWS:
+        raise InvalidConfig(f"{workload.words}: more than {MAX_ROWS} requests; choose fewer with --minutes")
+    return rows
 
 
 async def served_model(url: str, key: str | None, model: str | None) -> str:

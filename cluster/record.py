@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from cluster.kv import BLOCK_TOKENS
+from cluster.request import MAX_PRIORITY
 
 SCHEMA: Final = 1  # Rises when a field's meaning changes or one goes; readers refuse others. New fields have defaults.
 
@@ -33,7 +34,7 @@ class TraceRow(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: Annotated[int, msgspec.Meta(ge=1)] = BLOCK_TOKENS
     tenant: str = "default"
     slo_class: str = "default"
-    priority: int = 0
+    priority: Annotated[int, msgspec.Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     """Higher goes first."""
     session_id: str | None = None
     """Of the conversation it belongs to; None where unknown."""

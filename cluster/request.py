@@ -14,6 +14,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20  # OpenAI's own bound.
 MIN_REPETITION_PENALTY = 0.01  # Logits are divided by it, and must stay finite.
 MAX_SEED = 2**63 - 1
+MAX_PRIORITY = 100  # Either way of 0; more steps than anybody tells apart.
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

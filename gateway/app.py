@@ -26,7 +26,7 @@ from gateway.chat import ChatBody, ChatShape
 from gateway.completions import CompletionBody, CompletionShape
 from gateway.dispatch import Dispatcher
 from gateway.exchange import Exchange, Shape
-from gateway.keys import MAX_PRIORITY, Keyring
+from gateway.keys import Keyring
 from gateway.metrics import GatewayMetrics
 from gateway.openai import MAX_CHOICES, Body, decode, error_answer, error_body, sampling, within
 from gateway.request_log import RequestLog
@@ -189,7 +189,7 @@ class Gateway:
             logprobs=body.alternatives,
         )
         choices, key = body.n or 1, request.state.key
-        within("priority", body.priority, -MAX_PRIORITY, MAX_PRIORITY if key is None else key.max_priority)
+        within("priority", body.priority, -wire.MAX_PRIORITY, wire.MAX_PRIORITY if key is None else key.max_priority)
         requests = [
             self._request(f"{answer_id}-{row * choices + turn}", request.state.arrival_s, body, prompt, params, turn, key)
             for row, prompt in enumerate(prompts)

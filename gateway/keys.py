@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "mob"
 MAX_KEY_CHARS = 256
-MAX_PRIORITY = 100
 CHECK_S = 1.0  # A key that was taken out of the file opens nothing after so long.
 
 

@@ -102,6 +102,7 @@ class RequestLog:
             block_tokens=generation.namespace.block_tokens,
             tenant=request.tenant,
             slo_class=request.slo_class,
+            priority=request.priority,
             request_id=request.request_id,
             http_request_id=generation.http_request_id,
             arrival_unix_s=request.arrival_s,

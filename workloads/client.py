@@ -41,6 +41,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 300.0
     """For a whole request."""
     max_in_flight: int = MAX_IN_FLIGHT
+    max_priority: int | None = None
+    """The highest that the key may ask for: rows above it ask for that. None leaves them as they are."""
 
     def body(self, row: TraceRow, index: int) -> bytes:
         tokens = max(1, row.output_tokens)
@@ -53,6 +55,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         }
         if self.force_length:
             body |= {"ignore_eos": True, "min_tokens": tokens}
+        if priority := row.priority if self.max_priority is None else min(row.priority, self.max_priority):
+            body["priority"] = priority
         if self.api == "chat":
             body["messages"] = [{"role": "user", "content": text_prompt(row, index, seed=self.seed)}]
         else:

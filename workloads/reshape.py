@@ -9,14 +9,14 @@ import msgspec
 from cluster.record import TraceRow
 
 
-def window(rows: Iterable[TraceRow], start_s: float, span_s: float | None, *, ordered: bool = True) -> Iterator[TraceRow]:
-    """Rows arriving in [start_s, start_s + span_s), rebased so that start_s is 0. `ordered` rows are read no further than that."""
+def window(rows: Iterable[TraceRow], start_s: float, span_s: float | None) -> Iterator[TraceRow]:
+    """Of rows in order of arrival those in [start_s, start_s + span_s), rebased so that start_s is 0; reads no further."""
     end_s = float("inf") if span_s is None else start_s + span_s
     for row in rows:
-        if start_s <= row.arrival_s < end_s:
-            yield msgspec.structs.replace(row, arrival_s=row.arrival_s - start_s)
-        elif ordered and row.arrival_s >= end_s:
+        if row.arrival_s >= end_s:
             return
+        if row.arrival_s >= start_s:
+            yield msgspec.structs.replace(row, arrival_s=row.arrival_s - start_s) if start_s else row
 
 
 class Scale(msgspec.Struct, frozen=True, kw_only=True):

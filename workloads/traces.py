@@ -1,8 +1,8 @@
 """Reads traces of what arrived: Azure LLM 2023 and 2024, Mooncake, BurstGPT, and our own.
 
-The first line tells the format. Rows stream in the file's order; times are rebased so that the first row arrives at 0, except
-in our own format, whose times already count from the trace's start (and whose lines are in the order of completion). Other formats'
-rows must be in order of arrival, so that a window of a long trace can be read without the rest.
+The first line tells the format. Rows stream in order of arrival, so that a window of a long trace can be read without the rest;
+a file in another order is refused, except that our own format's lines may be in the order of completion (`workloads.reorder`).
+Times are rebased so that the first row arrives at 0, except our own format's, which already count from the trace's start.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ import msgspec
 
 from cluster.errors import InvalidTrace
 from cluster.record import TraceRow
+from workloads.reorder import REORDER_ROWS, REORDER_S, in_order
 
 MAX_LINE_BYTES = 8 * 2**20  # A million-token prompt's block hashes fit; a file that is no text does not eat the memory.
 MAX_TOKENS = 2**20  # The longest context windows; a broken length does not become a prompt that eats the memory.
 MAX_SPAN_S = 1e9  # Thirty years.
+MAX_HASH = 2**64 - 1
 SHOWN_CHARS = 60
 GZIP = b"\x1f\x8b"
 
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
+MOONCAKE_BLOCK_TOKENS = 512  # As the release's README says of `hash_ids`.
 FORMATS = ("mobula", "mooncake", "azure", "burstgpt")
 
 Lines = Iterator[tuple[int, bytes]]
@@ -38,15 +41,21 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     format: str
     """One of FORMATS."""
 
-    @property
-    def ordered(self) -> bool:
-        """Whether rows come in order of arrival, so that reading can stop early."""
-        return self.format != "mobula"
-
     def __iter__(self) -> Iterator[TraceRow]:
         """The rows, one by one. Raises InvalidTrace at the first broken line."""
-        with self.path.open("rb") as file:
-            yield from _READERS[self.format](str(self.path), _lines(str(self.path), file))
+        with self.open() as file:
+            yield from self.rows(file)
+
+    def open(self) -> BinaryIO:
+        """The file, for `rows`; how far it is read tells the progress. Raises InvalidTrace."""
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise InvalidTrace(f"{self.path}: {error.strerror}") from error
+
+    def rows(self, file: BinaryIO) -> Iterator[TraceRow]:
+        """As `__iter__`, from the opened file."""
+        return _READERS[self.format](str(self.path), _lines(str(self.path), file))
 
 
 def open_trace(path: str | Path, format: str | None = None) -> Trace:
@@ -136,6 +145,14 @@ class _Clock:
 
 
 def _mobula(path: str, lines: Lines) -> Iterator[TraceRow]:
+    def late(number: int, row: TraceRow, bound_s: float) -> InvalidTrace:
+        expected = f"arrival_s of at least {bound_s:g}, as rows may come at most {REORDER_S:g} s or {REORDER_ROWS} rows late"
+        return _invalid(path, number, str(row.arrival_s), expected)
+
+    return in_order(_as_written(path, lines), late)
+
+
+def _as_written(path: str, lines: Lines) -> Iterator[tuple[int, TraceRow]]:
     decode = msgspec.json.Decoder(TraceRow).decode
     for number, line in lines:
         row = _decoded(decode, path, number, line)
@@ -144,7 +161,13 @@ def _mobula(path: str, lines: Lines) -> Iterator[TraceRow]:
                 raise _invalid(path, number, str(getattr(row, name)), f"{name} of at most {MAX_TOKENS}")
         if row.arrival_s > MAX_SPAN_S:
             raise _invalid(path, number, str(row.arrival_s), f"arrival_s of at most {MAX_SPAN_S:g}")
-        yield row
+        yield number, _hashes_checked(row, "block_hashes", path, number)
+
+
+def _hashes_checked(row: TraceRow, name: str, path: str, number: int) -> TraceRow:
+    if row.block_hashes and (most := max(row.block_hashes)) > MAX_HASH:
+        raise _invalid(path, number, str(most), f"{name} of at most {MAX_HASH}")
+    return row
 
 
 Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
@@ -162,13 +185,14 @@ def _mooncake(path: str, lines: Lines) -> Iterator[TraceRow]:
     clock = _Clock(path)
     for number, line in lines:
         row = _decoded(decode, path, number, line)
-        yield TraceRow(
+        shown = TraceRow(
             arrival_s=clock.since_first(row.timestamp / 1000, number, line),
             prompt_tokens=max(1, row.input_length),
             output_tokens=row.output_length,
             block_hashes=row.hash_ids,
-            block_tokens=512,
+            block_tokens=MOONCAKE_BLOCK_TOKENS,
         )
+        yield _hashes_checked(shown, "hash_ids", path, number)
 
 
 def _decoded(decode: Callable[[bytes], Row], path: str, number: int, line: bytes) -> Row:

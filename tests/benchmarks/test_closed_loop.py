@@ -38,7 +38,7 @@ async def test_fleet_too_large_shrinks_and_does_not_come_back():
 async def test_burst_is_answered_before_the_first_newcomer_could_be_ready():
     loop = await run([(2.0, 120.0), (8.0, 210.0)], 2)
     rises = [at_s for at_s, _ in changes(loop.counts)]
-    assert 120.0 < rises[0] < 135.0
+    assert 120.0 < rises[0] < 120.0 + Setting().startup_s / 2
     late = [one for one in loop.ended if one.arrival_s > 120.0 + 120.0]
     assert sum(one.kept for one in late) > 0.97 * len(late)
 

@@ -4,12 +4,14 @@ import json
 import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
 from cli.main import main
 from cli.replay import allow_open_files
 from cluster.errors import InvalidConfig
+from cluster.record import TraceRow, to_line
 from workloads.client import run
 
 GENERATOR = "poisson:rate=50,minutes=0.01,prompt=fixed(20),output=fixed(3)"
@@ -23,7 +25,9 @@ LISTS = {
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Lists two models and streams three tokens; answers 429 to everything of the model `full`."""
+    """Lists two models and streams three tokens; answers 429 to everything of the model `full`. Keeps what was asked."""
+
+    bodies: ClassVar[list[dict]] = []
 
     def do_GET(self):
         lists = {
@@ -36,6 +40,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.bodies.append(body)
         if body["model"] == "full":
             self._answer(429, b'{"error": {"message": "queue full"}}')
             return
@@ -103,6 +108,17 @@ def test_the_report_says_what_was_sent_and_how_it_was_scaled(invoke, url, tmp_pa
     assert report["workload"] == f"{trace}, minutes 0 to 5: prompts x 0.1, outputs x 0.1, outputs of at most 2 tokens"
     assert report["target"] == f"tiny at {url}"
     assert (report["requests"], report["prompt_tokens"], report["output_tokens"]) == (1, 40, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [([], 5), (["--max-priority", "0"], None), (["--key", "k"], None), (["--key", "k", "--max-priority", "3"], 3)],
+)
+def test_priorities_of_a_trace_are_asked_for_as_far_as_the_key_may(invoke, url, tmp_path, arguments, asked):
+    trace = tmp_path / "urgent.jsonl"
+    trace.write_bytes(to_line(TraceRow(arrival_s=0.0, prompt_tokens=5, output_tokens=1, priority=5)))
+    assert invoke(str(trace), "--url", url, *arguments)[0] == 0
+    assert Handler.bodies[-1].get("priority") == asked
 
 
 def test_rejected_requests_exit_with_1(invoke, url):

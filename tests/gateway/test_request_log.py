@@ -38,6 +38,13 @@ def test_a_file_at_its_bound_is_rotated_and_the_oldest_goes(tmp_path, monkeypatc
     assert [records(tmp_path / name) for name in names] == [[], ["4"], ["3"]]
 
 
+def test_a_requests_priority_is_written(tmp_path):
+    log = RequestLog(str(tmp_path), "g", 0.0, dropped=pytest.fail)
+    log.write(ended(priority=3), "completed")
+    log.close()
+    assert msgspec.json.decode((tmp_path / "requests-g.jsonl").read_bytes(), type=RequestRecord).priority == 3
+
+
 def test_what_past_starts_left_is_bounded_oldest_first(tmp_path, monkeypatch):
     monkeypatch.setattr(request_log, "DIRECTORY_FILES", 3)
     for age in range(5):

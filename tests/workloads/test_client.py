@@ -103,6 +103,14 @@ async def test_prompts_and_outputs_have_the_traces_lengths(server):
     assert load.in_flight == 0
 
 
+@pytest.mark.parametrize(("most", "sent"), [(None, [-1, None, 5]), (2, [-1, None, 2]), (0, [-1, None, None])])
+async def test_priorities_are_sent_as_far_as_the_key_allows(server, most, sent):
+    urgent = [TraceRow(arrival_s=0.0, prompt_tokens=5, output_tokens=1, priority=priority) for priority in (-1, 0, 5)]
+    for each in urgent:
+        await run([each], target(server, max_priority=most))
+    assert [body.get("priority") for body in server.bodies] == sent
+
+
 @pytest.mark.parametrize("piece_bytes", [1, 7, 64])
 @pytest.mark.parametrize("api", ["completions", "chat"])
 async def test_events_may_be_split_anywhere(server, api, piece_bytes):

@@ -14,11 +14,6 @@ def test_a_window_of_an_endless_ordered_trace_ends():
     assert [row.arrival_s for row in window(rows(), 5, 3)] == [0, 1, 2]
 
 
-def test_a_window_of_an_unordered_trace_is_read_to_its_end():
-    shuffled = list(itertools.islice(rows(), 10))[::-1]
-    assert [row.arrival_s for row in window(shuffled, 5, 3, ordered=False)] == [2, 1, 0]
-
-
 def test_scaling_keeps_the_number_of_shared_blocks():
     row = TraceRow(arrival_s=8, prompt_tokens=2048, output_tokens=100, block_hashes=(1, 2, 3, 4), block_tokens=512)
     assert Scale(prompt=0.1, output=0.5, rate=2)(row) == TraceRow(

@@ -1,12 +1,14 @@
 """Every trace format reads to the same rows, and a broken line is named."""
 
 import gzip
+import statistics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import InvalidTrace
+from cluster.kv import blocks_for
 from cluster.record import TraceRow, to_line
 from workloads.traces import open_trace
 
@@ -68,11 +70,12 @@ ROWS = st.builds(
     block_tokens=st.integers(1, 4096),
     tenant=TEXT,
     slo_class=TEXT,
+    priority=st.integers(-100, 100),
     session_id=st.none() | TEXT,
 )
 
 
-@given(rows=st.lists(ROWS, min_size=1, max_size=5))
+@given(rows=st.lists(ROWS, min_size=1, max_size=5).map(lambda rows: sorted(rows, key=lambda row: row.arrival_s)))
 def test_own_format_round_trips(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("own") / "trace.jsonl"
     path.write_bytes(b"".join(map(to_line, rows)))
@@ -96,6 +99,26 @@ def test_own_format_round_trips(tmp_path_factory, rows):
         (to_line(row(0.0, 5, 5)).replace(b'"schema":1', b'"schema":9'), 1, "schema", "schema"),
         (to_line(row(0.0, 5, 2**40)), 1, "'1099511627776'", "output_tokens of at most 1048576"),
         (to_line(row(1e300, 5, 5)), 1, "'1e+300'", "arrival_s of at most 1e+09"),
+        (to_line(row(0.0, 5, 5, block_hashes=(1, 2**64))), 1, "'18446744073709551616'", "block_hashes of at most"),
+        (to_line(row(0.0, 5, 5, priority=101)), 1, "priority", "<= 100"),
+        (to_line(row(0.0, 5, 5)).replace(b'"arrival_s":0.0,', b""), 1, "schema", "missing required field `arrival_s`"),
+        (to_line(row(0.0, 5, 5)).replace(b'"arrival_s":0.0,', b'"arrival_s":1e999,'), 1, "schema", "out of range"),
+        (
+            MOONCAKE + '\n{"timestamp": 5000, "input_length": 7, "output_length": 1, "hash_ids": [18446744073709551616]}',
+            3,
+            "'184",
+            "hash_ids",
+        ),
+        (MOONCAKE.replace("4500", "NaN"), 2, "NaN", "whole JSON record"),
+        (
+            MOONCAKE + '\n{"input_length": 7, "output_length": 1, "hash_ids": []}',
+            3,
+            "input_length",
+            "missing required field `timestamp`",
+        ),
+        (AZURE + ",1,5", 4, "''", "TIMESTAMP like"),
+        (BURSTGPT + ",,1,GPT-4,1,1,2,API log", 4, "''", "Timestamp as seconds"),
+        (BURSTGPT + "44,,1,GPT-4,1,1,2,API log", 4, "'44'", "it is 1.5 s before"),
         (b"\x00\xff\xfe", 1, "no text in UTF-8", "a header with TIMESTAMP"),
         ('{"a": 1}', 1, "a", "hash_ids (Mooncake)"),
     ],
@@ -142,3 +165,43 @@ def test_published_traces_read_whole(data_dir, file, count, last_s):
     rows = list(open_trace(data_dir / file))
     assert len(rows) == count
     assert rows[-1].arrival_s == pytest.approx(last_s, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("file", "prompt", "output"),
+    [
+        ("azure_llm_2023/AzureLLMInferenceTrace_conv.csv", (1020, 1155), (129, 211)),
+        ("mooncake_fast25/conversation_trace.jsonl", (None, 12035), (None, 343)),
+    ],
+)
+def test_published_traces_have_their_published_lengths(data_dir, file, prompt, output):
+    """Median and mean, to the token. Mooncake's README gives means only."""
+    rows = list(open_trace(data_dir / file))
+    for (median, mean), lengths in (
+        (prompt, [row.prompt_tokens for row in rows]),
+        (output, [row.output_tokens for row in rows]),
+    ):
+        assert median in (None, statistics.median(lengths))
+        assert statistics.mean(lengths) == pytest.approx(mean, abs=1.0)
+
+
+def test_mooncakes_rows_have_a_hash_for_each_block_of_their_prompts(data_dir):
+    for row in open_trace(data_dir / "mooncake_fast25/conversation_trace.jsonl"):
+        assert len(row.block_hashes) == blocks_for(row.prompt_tokens, row.block_tokens)
+
+
+def test_a_week_of_azure_2024_keeps_its_times(written):
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    text += "".join(f"2024-05-{day} 23:59:59.999999+00:00,{day},{day}\n" for day in range(10, 20))
+    assert list(open_trace(written(text))) == [row(86400.0 * at, 10 + at, 10 + at) for at in range(10)]
+
+
+def test_burstgpt_logs_of_both_kinds_and_fractions_of_seconds_are_read(written):
+    lines = (
+        BURSTGPT.splitlines()[0],
+        "0.5,17,0.8,ChatGPT,21,5,26,Conversation log",
+        "0.5,,7,GPT-4,1,0,1,API log",
+        "1e7,17,,ChatGPT,99,4,103,Conversation log",
+    )
+    rows = [row(0.0, 21, 5, session_id="17"), row(0.0, 1, 0), row(1e7 - 0.5, 99, 4, session_id="17")]
+    assert list(open_trace(written("\n".join(lines)))) == rows
