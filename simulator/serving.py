@@ -140,7 +140,7 @@ class Serving:
         assert source is not None, "a prompt from nowhere"
         request = self.engines.state.requests[row]
         took_s = at_s - float(request["started_s"])
-        flight.cached = max(flight.cached, int(request["cached"]))
+        self.engines.state.requests["cached"][flight.row] = request["cached"]
         self.engines.free(row)
         flight.source_row = NO_ROW
         here = int(self.engines.state.requests["shared"][flight.row]) * host.row.block_tokens
