@@ -357,3 +357,23 @@ def _widened(array: NDArray, width: int) -> NDArray:
     wide = np.zeros((array.shape[0], width), array.dtype)
     wide[:, : array.shape[1]] = array
     return wide
+
+
+def warm() -> None:
+    """Compile, or load what was compiled: about a minute the first time on a machine."""
+    engines = Engines()
+    model = engines.model(PerformanceModel(step_s=1e-3, prefill_token_s=1e-5))
+    row = engines.add(model=model, kv_blocks=16, block_tokens=16, max_running=4, step_budget_tokens=64)
+    request = engines.request(arrival_s=0.0, prompt=16, output=4, hashes=[1])
+    engines.reserve(request, row, 0.0)
+    engines.take_over(request, 0.0)
+    other = engines.begin(row, 0.0, 0.0, arrival_s=0.0, prompt=4, output=2, priority=0, slo_class=0)
+    engines.advance(0.0)
+    engines.loads(np.array([row], np.int32), 0.0)
+    engines.slow(row, 2.0, 0.0)
+    engines.take_out(other, 0.0)
+    engines.submit(other, row, 0.0, 0.0)
+    engines.work(row, 0.0)
+    engines.remove(row, 0.0)
+    for _ in range(FIRST_ARENA // 64 + 1):
+        engines.free(engines.request(arrival_s=0.0, prompt=1024, output=1, hashes=range(64)))

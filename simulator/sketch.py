@@ -24,7 +24,7 @@ BUCKETS = math.ceil(math.log(MOST_S / LEAST_S) / _LOG_GROWTH) + 1
 def bucket_of(value_s: float) -> int:
     if value_s <= LEAST_S:
         return 0
-    return min(int(math.ceil(math.log(value_s / LEAST_S) / _LOG_GROWTH)), BUCKETS - 1)
+    return min(math.ceil(math.log(value_s / LEAST_S) / _LOG_GROWTH), BUCKETS - 1)
 
 
 def quantiles_s(counts: NDArray[np.int64], shares: tuple[float, ...]) -> tuple[float, ...] | None:

@@ -22,6 +22,18 @@ settings.load_profile("unhurried")
 ROOT = Path(__file__).parents[1]
 
 
+SIMULATING = ("simulator", "reproductions", "benchmarks", "cli")
+"""Folders of tests that simulate."""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compile the simulator before the first test's clock runs: it takes a minute, once."""
+    if not session.config.option.collectonly and any(set(item.path.parts) & {*SIMULATING} for item in session.items):
+        from simulator.engines import warm
+
+        warm()
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The shared traces and profiles; a test that asks for them skips where they are not."""

@@ -514,10 +514,9 @@ def settle(fleet: Fleet, engine: int) -> None:
 @njit(cache=True)
 def withdraw(fleet: Fleet, engine: int, request: int) -> None:
     """Take a request out, its blocks given back, wherever it is in the engine. What it has generated is written down."""
+    settle(fleet, engine)
     e, r = fleet.engines[engine], fleet.requests[request]
     if r.state == DECODING:
-        settle(fleet, engine)
-    if r.state == DECODING:  # Settling may have put it back to the queue.
         leave_batch(fleet, engine, request)
         e.decodes = min(e.decodes, e.batch)
     elif r.state == RESERVED:

@@ -62,7 +62,7 @@ def span_s(fleet: Fleet, model: int, sequences: int, kv_tokens: int, steps: int)
             piece += 1
         many = steps - done
         if piece + 1 < count:  # Those whose tokens are below the next knot.
-            many = min(many, int(math.ceil((knots[model, KV, piece + 1, 0] - tokens) / sequences)))
+            many = min(many, math.ceil((knots[model, KV, piece + 1, 0] - tokens) / sequences))
         slope = knots[model, KV, piece, 2]
         first = knots[model, KV, piece, 1] + slope * (tokens - knots[model, KV, piece, 0])
         total += many * first + (many * (many - 1) // 2) * (sequences * slope)

@@ -1,4 +1,4 @@
-"""One engine's work, done by the emulated engine and by the simulator's: the same requests at the same times, and when each ended."""
+"""One engine, emulated and simulated: the same requests at the same times, and when each had its first and last token."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from cluster.performance import PerformanceModel
 from cluster.request import Request, SamplingParams
+from cluster.step_table import StepTable
 from simulator.engines import Engines
-from simulator.steps.records import FINISHED, FIRST_TOKEN, REMOVED, STORED
+from simulator.steps.records import FINISHED, REMOVED, STORED
 from workers.engines.emulated import EmulatedEngine
 from workers.engines.engine import StepOutput, Submission
 from workers.engines.step_driver import ManualDriver
@@ -84,7 +85,7 @@ def emulated(requests: Sequence[Asked], shape: Shape, performance: PerformanceMo
 
 
 def simulated(
-    requests: Sequence[Asked], shape: Shape, performance: PerformanceModel = PERFORMANCE, *, stepwise: bool = False
+    requests: Sequence[Asked], shape: Shape, performance: PerformanceModel | StepTable = PERFORMANCE, *, stepwise: bool = False
 ) -> list[Times]:
     from cluster.kv import KvNamespace, block_hashes
 
@@ -125,6 +126,3 @@ def simulated(
     take()
     assert engines.state.engines["used"][engine] == 0
     return [found[n] for n in range(len(requests))]
-
-
-_ = FIRST_TOKEN
