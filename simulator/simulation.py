@@ -208,6 +208,12 @@ class Simulation:
 
     # ── accounts ──
 
+    @property
+    def missed(self) -> int:
+        """Of the requests that count, how many have ended outside their SLO or were turned away by now. It never falls."""
+        tallies = self.engines.state.tallies.sum(axis=0)
+        return int(tallies[records.ENDED] - tallies[records.KEPT]) + self._rejected.total()
+
     def _account(self) -> None:
         hosts = self.hosts.values()
         nodes = {host.row.node for host in hosts} | {start.node for start in self.cluster.started.values()}
