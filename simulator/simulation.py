@@ -75,8 +75,8 @@ class Simulation:
         self.setup, self._ended, self._progress = setup, ended, progress
         fleet, world, seed = setup.fleet, setup.world, setup.seed
         self._machines = machines_of(fleet, world)
-        self._slos = {**fleet.slo} if DEFAULT in fleet.slo else {DEFAULT: Slo(), **fleet.slo}
-        for name, slo in self._slos.items():
+        self.slos = {**fleet.slo} if DEFAULT in fleet.slo else {DEFAULT: Slo(), **fleet.slo}
+        for name, slo in self.slos.items():
             check_slo(name, slo, self._machines)
         check_faults(fleet, world)
         router = router or router_of(fleet)
@@ -84,7 +84,7 @@ class Simulation:
         self._rows, self._numbers = rows, itertools.count()
         self.timeline = Timeline()
         self.engines = Engines(
-            tuple(self._slos.values()),
+            tuple(self.slos.values()),
             counted_from_s=setup.warm_up_s,
             reply_s=world.hop_s,
             telling=getattr(router, "reads_index", True),
@@ -101,7 +101,7 @@ class Simulation:
                 f"gateway-{number}",
                 router=router,
                 spec=fleet.gateway,
-                slos=self._slos,
+                slos=self.slos,
                 models=models,
                 send=self.serving.send,
                 rejected=self._reject,
@@ -111,7 +111,7 @@ class Simulation:
         self.serving.gateways = self.gateways
         self._model = models[0]
         self._choice = stream(seed, "gateways")
-        self._classes = {name: number for number, name in enumerate(self._slos)}
+        self._classes = {name: number for number, name in enumerate(self.slos)}
         self.in_flight = self.arrived = self.completed = 0
         self._counted = [0] * len(self._classes)
         self._rejected: Counter[str] = Counter()
@@ -300,7 +300,7 @@ class Simulation:
     def _of_class(self, name: str, number: int) -> ClassResult:
         state = self.engines.state
         return ClassResult(
-            slo=self._slos[name],
+            slo=self.slos[name],
             arrived=self._counted[number],
             completed=int(state.tallies[number, records.ENDED]),
             kept=int(state.tallies[number, records.KEPT]),
