@@ -12,9 +12,25 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.cases import (
-    EXIT_INTERRUPTED, Address, AsJson, Minutes, Out, ScaleOutput, ScalePrompt, ScaleRate, Start, TraceText, WarmUp, WorldFile,
-    carry_out, case_of, kept, outcomes, refuse_unwritable, traffic_of,
-)  # fmt: skip
+    EXIT_INTERRUPTED,
+    Address,
+    AsJson,
+    Minutes,
+    Out,
+    ScaleOutput,
+    ScalePrompt,
+    ScaleRate,
+    Start,
+    TraceText,
+    WarmUp,
+    WorldFile,
+    carry_out,
+    case_of,
+    kept,
+    outcomes,
+    refuse_unwritable,
+    traffic_of,
+)
 from cli.sweep import short, spread
 from cluster.errors import InvalidConfig
 

@@ -96,11 +96,10 @@ def carry_out(cases: Mapping[str, tuple[str, Case]], store: Store, address: str 
     if not left:
         return failed
     with runner(len(left), address) as run, progress_bar(console, len(cases)) as (progress, bar):
-        done = len(cases) - len(left)
-        progress.update(bar, completed=done)
-        for key, ended in run(left, lambda share: progress.update(bar, completed=done + share)):
-            done += 1
-            progress.update(bar, completed=done, description=cases[key][0])
+        known = len(cases) - len(left)
+        progress.update(bar, completed=known)
+        for ended_runs, (key, ended) in enumerate(run(left), known + 1):
+            progress.update(bar, completed=ended_runs, description=cases[key][0])
             if isinstance(ended, MobulaError):
                 failed[key] = ended
                 console.print(f"{cases[key][0]}: {ended}", style="red", markup=False, highlight=False, soft_wrap=True)

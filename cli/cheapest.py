@@ -12,9 +12,23 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from cli.cases import (
-    EXIT_INTERRUPTED, AsJson, Minutes, Out, ScaleOutput, ScalePrompt, ScaleRate, Start, TraceText, WarmUp, WorldFile, case_of, kept,
-    progress_bar, refuse_unwritable, traffic_of,
-)  # fmt: skip
+    EXIT_INTERRUPTED,
+    AsJson,
+    Minutes,
+    Out,
+    ScaleOutput,
+    ScalePrompt,
+    ScaleRate,
+    Start,
+    TraceText,
+    WarmUp,
+    WorldFile,
+    case_of,
+    kept,
+    progress_bar,
+    refuse_unwritable,
+    traffic_of,
+)
 from cli.figures import figure
 from cluster.errors import InvalidConfig
 
@@ -109,9 +123,9 @@ def shown(answer: Answer) -> Group:
     best = answer.best
     head = f"{best.words}, on {answer.nodes} nodes: {best.usd_per_hour:.2f} USD/h, {best.outcome.attainment:.2%} within the SLO"
     counted = (
-        f"{answer.fleets} fleets: formulas exclude {answer.excluded}, {answer.dominated} have no more of anything than one that failed, "
-        f"{answer.dearer} are no cheaper. Simulated: {answer.sliced} on the busiest slice, which refuses {answer.refused}; {answer.whole} "
-        f"on the whole, {answer.stopped} of them not to the end."
+        f"{answer.fleets} fleets: formulas exclude {answer.excluded}, {answer.dominated} have no more of anything than one that "
+        f"failed, {answer.dearer} are no cheaper. Simulated: {answer.sliced} on the busiest slice, which refuses {answer.refused}; "
+        f"{answer.whole} on the whole, {answer.stopped} of them not to the end."
     )
     parts = [head, counted, _table("One replica less or more", answer.neighbours, best)]
     if answer.cheaper:
@@ -126,7 +140,7 @@ def _table(title: str, trials: list[Trial], best: Trial) -> Table:
         table.add_column(heading, justify="left" if heading in ("fleet", "missed by") else "right")
     for one in (best, *trials):
         outcome = one.outcome
-        within = f"{outcome.attainment:.2%}" if not outcome.stopped else f"missed {outcome.arrived - outcome.kept} by then"
+        within = f"{outcome.attainment:.2%}" if not outcome.stopped else f"{outcome.outside} missed"
         latencies = ["-" if value is None else figure(1e3 * value, 3) for value in (outcome.ttft_p90_s, outcome.tpot_p90_s)]
         missed = ", ".join(f"{name} {count}" for name, count in outcome.missed.items() if count)
         verdict = (

@@ -12,9 +12,23 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.cases import (
-    EXIT_INTERRUPTED, Address, AsJson, Minutes, Out, ScaleOutput, ScalePrompt, ScaleRate, Start, WarmUp, WorldFile, carry_out,
-    case_of, kept, outcomes, traffic_of,
-)  # fmt: skip
+    EXIT_INTERRUPTED,
+    Address,
+    AsJson,
+    Minutes,
+    Out,
+    ScaleOutput,
+    ScalePrompt,
+    ScaleRate,
+    Start,
+    WarmUp,
+    WorldFile,
+    carry_out,
+    case_of,
+    kept,
+    outcomes,
+    traffic_of,
+)
 from cli.figures import figure
 from cluster.errors import InvalidConfig
 

@@ -4,15 +4,15 @@ What need not be simulated:
 1. fleets that formulas exclude (`simulator.foresight`);
 2. fleets with no more of any group than one that failed: they fail as well;
 3. fleets no cheaper than one that serves.
-What is simulated is first tried on the busiest slice of the traffic: a fleet that misses more there than the whole traffic may miss is
-refused. A whole run ends as soon as it has missed that many.
+What is simulated is first tried on the busiest slice of the traffic: a fleet that misses more there than the whole traffic may miss
+is refused. A whole run ends as soon as it has missed that many.
 
-The search first halves the interval of prices, each price being stood for by the fleet that is expected to carry most for it. Then it
-tries what is left among the cheaper fleets, the largest first, until nothing is left: so the answer is the cheapest of the whole space.
+The search first halves the interval of prices, each price being stood for by the fleet that is expected to carry most for it. Then
+it tries what is left among the cheaper fleets, the largest first, until none is left: so the answer is the cheapest of the space.
 
-Assumed is that a replica more does no harm (2.), and that a slice does not miss more by itself than within the whole. Both are nearly
-but not exactly so: another replica changes who is sent where. So the answer's neighbours, one replica less and one more of each group,
-are simulated whole, whatever was assumed of them, and a cheaper one that serves takes its place.
+Assumed is that a replica more does no harm (2.), and that a slice does not miss more by itself than within the whole. Both are
+nearly but not exactly so: another replica changes who is sent where. So the answer's neighbours, one replica less and one more of
+each group, are simulated whole, whatever was assumed of them, and a cheaper one that serves takes its place.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class Search:
         """On the slice, if there is one, and then on the whole."""
         if self._slice is not None:
             outcome = self._simulate(number, self._slice, "slice")
-            if outcome.stopped or outcome.arrived - outcome.kept > self._may_miss:
+            if outcome.outside > self._may_miss:
                 self._refused += 1
                 return self._keep(number, "slice", outcome, serves=False)
         return self._try_whole(number, self._may_miss)
@@ -238,7 +238,7 @@ class Search:
     # ── what is assumed, looked at ──
 
     def _check_neighbours(self) -> list[Trial]:
-        """One less and one more of each group, simulated to the end. A cheaper one that serves becomes the best, and is checked itself."""
+        """One less and one more of each group, to the end. A cheaper one that serves becomes the best, and is checked itself."""
         while True:
             assert self._best is not None
             best, found = self._trials[self._best], []
@@ -276,7 +276,7 @@ class Search:
         raise InvalidConfig(
             f"none of the {len(self._alive)} fleets in the space keeps the SLO for {self._goal:.4g} of the requests: the best, "
             f"{best.words} at {best.usd_per_hour:.2f} USD/h, keeps it for {best.outcome.attainment:.4g}, and is bound by "
-            f"{best.outcome.binding} (missed: {missed}); give groups a higher max_replicas or nodes, in a space file or cluster.yaml"
+            f"{best.outcome.binding} (missed: {missed}); give groups more replicas and nodes, in a space file"
         )
 
     def _nearness(self, number: int) -> tuple[bool, float, float]:

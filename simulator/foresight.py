@@ -66,8 +66,8 @@ class Foresight:
         """What the chosen groups carry together. apart: prompts are computed elsewhere, for those that could have it so."""
         total = np.zeros(len(self._space.counts))
         prefilling = Group(
-            model="", role=Role.PREFILL, pool="", min_replicas=0, max_replicas=1, wanted=1, performance=None, kv_tokens=1, max_running=1,
-            step_budget_tokens=1, startup_s=1.0,
+            model="", role=Role.PREFILL, pool="", min_replicas=0, max_replicas=1, wanted=1, performance=None, kv_tokens=1,
+            max_running=1, step_budget_tokens=1, startup_s=1.0,
         )  # fmt: skip
         for index, group in enumerate(self._groups):
             if chosen(group):

@@ -1,4 +1,4 @@
-"""A mean and how sure one is of it: Student's t-interval over independent runs ("Student", "The probable error of a mean", 1908)."""
+"""A mean and how sure one is of it: the t-interval over independent runs ("Student", "The probable error of a mean", 1908)."""
 
 from __future__ import annotations
 

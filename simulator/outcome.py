@@ -32,6 +32,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     usd_per_million_output_tokens: float | None
     kwh: float
     replica_hours: float
+    outside: int
+    """Requests that ended outside their SLO, or were turned away."""
     missed: Mapping[str, int]
     """Requests by the bound that they missed, `TTFT`, `TPOT` or `E2E`, and those turned away, `queue`. One may be under several."""
     stopped: bool = False
@@ -81,6 +83,7 @@ def outcome_of(simulation: Simulation, result: Result, *, stopped: bool) -> Outc
         usd_per_million_output_tokens=result.usd_per_million_output_tokens,
         kwh=result.kwh,
         replica_hours=result.replica_hours,
+        outside=simulation.missed,
         missed=_missed(sketches, list(simulation.slos.values()), sum(result.rejected.values())),
         stopped=stopped,
         cpu_s=result.cpu_s,

@@ -1,9 +1,9 @@
 """Two policy sets on the same draws: what their difference is, how sure that is, and who wins.
 
-Pairs share their seed, so a generator makes both the same requests, and the world draws for both from streams of equal seeds (common
-random numbers; Law, "Simulation Modeling and Analysis", 11.2): the n-th replica that starts is equally slow in both. What is left of
-chance is in the interval of the paired differences. With a trace file requests are the same in all pairs: then it is the interval
-over the world's chance, and says nothing about other traffic.
+Pairs share their seed, so a generator makes both the same requests, and the world draws for both from streams of equal seeds
+(common random numbers; Law, "Simulation Modeling and Analysis", 11.2): the n-th replica that starts is equally slow in both. What
+is left of chance is in the interval of the paired differences. With a trace file requests are the same in all pairs: then it is
+the interval over the world's chance, and says nothing about other traffic.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from simulator.outcome import METRICS, Metric, Outcome
 DECIDING = ("attainment", "usd_per_million_output_tokens", "kwh")
 """The order in which an operator asks: are promises kept, what does it cost, how much power does it take."""
 WORTH = {"attainment": 0.001}
-"""Differences of at most so much are of no account for the verdict: a tenth of a point of attainment is no ground for a dearer fleet.
-Others have none: what costs less for the same attainment is better."""
+"""Differences of at most so much are of no account for the verdict: a tenth of a point of attainment is no ground for a dearer
+fleet. Others have none: what costs less for the same attainment is better."""
 
 Side = Literal["A", "B"]
 
@@ -98,12 +98,9 @@ def challenged(fleet: Fleet, name: str, place: str) -> Fleet:
 
 
 def other_differences(a: Fleet, b: Fleet) -> list[str]:
-    """What two fleets differ in beside their policies and their names: with any of it, it is not policies alone that are compared."""
-    differing = []
-    for field in Fleet.__struct_fields__:
-        if field not in ("name", "control", "telemetry") and getattr(a, field) != getattr(b, field):
-            differing.append(field)
-    return differing
+    """What two fleets differ in beside their policies and names: with any of it, it is not policies alone that are compared."""
+    settings = [field for field in Fleet.__struct_fields__ if field not in ("name", "control", "telemetry")]
+    return [field for field in settings if getattr(a, field) != getattr(b, field)]
 
 
 def _difference(metric: Metric, pairs: Sequence[tuple[Outcome, Outcome]]) -> Difference | None:

@@ -18,8 +18,8 @@ from simulator.store import Store
 
 Ended = tuple[str, Outcome | MobulaError]
 """Key of a case, and what came of it."""
-Runner = Callable[[Mapping[str, Case], Callable[[float], None]], Iterator[Ended]]
-"""Carries out cases by their keys, in any order; the callback is told of the share of the one under way, where that is known."""
+Runner = Callable[[Mapping[str, Case]], Iterator[Ended]]
+"""Carries out cases by their keys, in any order."""
 
 PENDING_PER_CPU = 2  # Tasks that wait at Ray: enough that no core idles, few enough that an interrupt loses little.
 
@@ -29,16 +29,16 @@ def remaining(cases: Mapping[str, Case], store: Store) -> dict[str, Case]:
     return {key: case for key, case in cases.items() if store.get(key) is None}
 
 
-def in_turn(cases: Mapping[str, Case], progress: Callable[[float], None]) -> Iterator[Ended]:
+def in_turn(cases: Mapping[str, Case]) -> Iterator[Ended]:
     """In this process."""
     for key, case in cases.items():
         try:
-            yield key, run(case, progress)
+            yield key, run(case)
         except MobulaError as error:
             yield key, error
 
 
-def on_ray(cases: Mapping[str, Case], progress: Callable[[float], None]) -> Iterator[Ended]:
+def on_ray(cases: Mapping[str, Case]) -> Iterator[Ended]:
     """On the Ray cluster that this process has joined, a core for each. Files that cases read must be at the same paths there."""
     import ray
 

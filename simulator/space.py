@@ -1,4 +1,4 @@
-"""The fleets among which the cheapest is looked for: so many replicas of each group of a cluster.yaml, on the cheapest nodes that hold them.
+"""The fleets among which the cheapest is looked for: any number of replicas of each group, on the cheapest nodes that hold them.
 
 A fleet of the space is static: its controller is off, and a group has as many replicas as it begins with.
 """

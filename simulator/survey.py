@@ -14,9 +14,9 @@ from cluster.record import TraceRow
 from policies.flow import Flow
 
 BUSY_S = 60.0
-"""The busiest minute is what a fleet is sized for beforehand: a shorter peak is mostly waited out within a TTFT of a second or so."""
+"""The busiest minute is what a fleet is sized for beforehand: a shorter peak is mostly waited out within TTFT."""
 SLICE_SHARE = 0.1
-"""Of the traffic's time, the pilots' slice: long enough for what it misses to exceed what a whole run may miss, ten times shorter."""
+"""Of the traffic's time, the pilots' slice: long enough to miss more than the whole may miss, and ten times shorter."""
 LEAST_SLICE_S = 60.0
 NEVER_SLICED = 3  # Traffic shorter than so many slices is played whole: there is nothing to save.
 
@@ -34,7 +34,7 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     span_s: float
     mean: Flow
-    """All of it at its mean rate, with every prompt's prefix that was ever seen before taken for cached: no fleet has less to do."""
+    """All of it at its mean rate, every prefix that was ever seen before taken for cached: no fleet has less to do."""
     busy: Flow
     """The busiest minute."""
     slice: Slice | None
