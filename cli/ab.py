@@ -31,7 +31,7 @@ from cli.cases import (
     refuse_unwritable,
     traffic_of,
 )
-from cli.sweep import short, spread
+from cli.sweep import spread
 from cluster.errors import InvalidConfig
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def table(found: Comparison, a: str, b: str) -> Table:
 
     shown = Table(
         title=f"A is {a}, B is {b}: {found.pairs} pairs", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False,
-        caption="mean +- 95 %", caption_justify="left",
+        caption="mean +- 95 %; TTFT and TPOT at P90", caption_justify="left",
     )  # fmt: skip
     for heading in ("metric", "A", "B", "B - A", "better"):
         shown.add_column(heading, justify="left" if heading == "metric" else "right")
@@ -134,7 +134,7 @@ def table(found: Comparison, a: str, b: str) -> Table:
     for one in found.differences:
         metric = metrics[one.metric]
         cells = [spread(side, metric.scale).replace("\n", " ") for side in (one.a, one.b, one.difference)]
-        shown.add_row(f"{metric.words}, {short(metric.unit)}", *cells, one.better or ("same" if one.alike else "not shown"))
+        shown.add_row(metric.heading, *cells, one.better or ("same" if one.alike else "not shown"))
     return shown
 
 

@@ -127,7 +127,7 @@ def shown(answer: Answer) -> Group:
         f"failed, {answer.dearer} are no cheaper. Simulated: {answer.sliced} on the busiest slice, which refuses {answer.refused}; "
         f"{answer.whole} on the whole, {answer.stopped} of them not to the end."
     )
-    parts = [head, counted, _table("One replica less or more", answer.neighbours, best)]
+    parts = [head, counted, _table("One replica less or more; latencies at P90", answer.neighbours, best)]
     if answer.cheaper:
         parts.append(_table("Cheaper, and failing", answer.cheaper[:MOST_SHOWN], best))
     assumed = "Another replica never does harm, as far as the neighbours show."
@@ -136,7 +136,7 @@ def shown(answer: Answer) -> Group:
 
 def _table(title: str, trials: list[Trial], best: Trial) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for heading in ("fleet", "USD/h", "within", "P90 TTFT, ms", "P90 TPOT, ms", "missed by", ""):
+    for heading in ("fleet", "USD/h", "within", "TTFT ms", "TPOT ms", "missed by", ""):
         table.add_column(heading, justify="left" if heading in ("fleet", "missed by") else "right")
     for one in (best, *trials):
         outcome = one.outcome

@@ -110,19 +110,21 @@ def table(summaries: list[Summary], variants: dict[str, list[Case]]) -> Table:
     """A row for each variant of which something is known."""
     from simulator.outcome import METRICS
 
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption="mean +- 95 % over seeds", caption_justify="left")
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        caption="mean +- 95 % over seeds; TTFT and TPOT at P90",
+        caption_justify="left",
+    )
     shown.add_column("variant", overflow="fold")
     shown.add_column("runs", justify="right")
     for metric in METRICS:
-        shown.add_column(f"{metric.words}\n{short(metric.unit)}", justify="right")
+        shown.add_column(metric.heading, justify="right", max_width=8)
     for one in summaries:
         cells = [spread(one.metrics[metric.field], metric.scale) if metric.field in one.metrics else "-" for metric in METRICS]
         shown.add_row(one.variant, f"{one.runs}/{len(variants[one.variant])}", *cells)
     return shown
-
-
-def short(unit: str) -> str:
-    return {"points": "%", "USD per million output tokens": "USD/M tokens"}.get(unit, unit)
 
 
 def spread(found: Interval, scale: float) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import msgspec
 
+from cluster.errors import InvalidConfig
 from cluster.fleet import Fleet
 from cluster.slo import Slo
 from simulator.faults import check_faults
@@ -89,7 +90,8 @@ def check_case(case: Case) -> None:
 
 
 def run(case: Case, progress: Callable[[float], None] = lambda share: None) -> Outcome:
-    """Simulate it. progress: told of the share of its traffic that has arrived. Raises KeyboardInterrupt where that ended it."""
+    """Simulate it. progress: told of the share of its traffic that has arrived. Raises KeyboardInterrupt where that ended it, InvalidConfig where no
+    request counts."""
     workload = case.traffic.open(case.seed)
 
     def watch(now_s: float, arrived: int) -> None:
@@ -112,4 +114,6 @@ def run(case: Case, progress: Callable[[float], None] = lambda share: None) -> O
         return outcome_of(simulation, simulation.result(), stopped=True)
     if result.interrupted:
         raise KeyboardInterrupt
+    if not result.arrived:
+        raise InvalidConfig(f"warm-up {case.warm_up_s:g} s: no request arrives after it in {workload.words}")
     return outcome_of(simulation, result, stopped=False)

@@ -18,7 +18,7 @@ each group, are simulated whole, whatever was assumed of them, and a cheaper one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import msgspec
@@ -38,6 +38,11 @@ Ask = Callable[[Case, str], Outcome]
 """Has a case simulated, or remembers what came of it. The text says which, for a person who waits."""
 
 
+def in_words(replicas: Mapping[str, int]) -> str:
+    """Role and pool are enough: there is one model."""
+    return ", ".join(f"{count} x {group.partition('/')[2]}" for group, count in replicas.items() if count)
+
+
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """One fleet that was simulated."""
 
@@ -50,7 +55,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def words(self) -> str:
-        return ", ".join(f"{count} x {group}" for group, count in self.replicas.items() if count) or "nothing"
+        return in_words(self.replicas)
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,8 +223,7 @@ class Search:
 
     def _simulate(self, number: int, like: Case, kind: Kind) -> Outcome:
         case = msgspec.structs.replace(like, fleet=self._space.build(number))
-        words = ", ".join(f"{count} x {group}" for group, count in self._space.named(self._space.counts[number]).items() if count)
-        outcome = self._ask(case, f"{words}, {kind}")
+        outcome = self._ask(case, f"{in_words(self._space.named(self._space.counts[number]))}, {kind}")
         self._sliced += kind == "slice"
         self._whole += kind == "whole"
         self._stopped += kind == "whole" and outcome.stopped

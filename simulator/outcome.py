@@ -53,19 +53,21 @@ class Metric(NamedTuple):
     field: str
     words: str
     unit: str
+    heading: str
+    """Of a narrow column."""
     scale: float
     """From the field's unit to `unit`."""
     more_is_better: bool
 
 
 METRICS = (
-    Metric("attainment", "attainment", "points", 100.0, True),
-    Metric("goodput_rps", "goodput", "requests/s", 1.0, True),
-    Metric("ttft_p90_s", "P90 TTFT", "ms", 1e3, False),
-    Metric("tpot_p90_s", "P90 TPOT", "ms", 1e3, False),
-    Metric("usd_per_million_output_tokens", "cost", "USD per million output tokens", 1.0, False),
-    Metric("kwh", "energy", "kWh", 1.0, False),
-    Metric("replica_hours", "replica-hours", "h", 1.0, False),
+    Metric("attainment", "attainment", "points", "within %", 100.0, True),
+    Metric("goodput_rps", "goodput", "requests/s", "good req/s", 1.0, True),
+    Metric("ttft_p90_s", "P90 TTFT", "ms", "TTFT ms", 1e3, False),
+    Metric("tpot_p90_s", "P90 TPOT", "ms", "TPOT ms", 1e3, False),
+    Metric("usd_per_million_output_tokens", "cost", "USD per million output tokens", "USD/M tok", 1.0, False),
+    Metric("kwh", "energy", "kWh", "kWh", 1.0, False),
+    Metric("replica_hours", "replica-hours", "h", "replica h", 1.0, False),
 )
 
 

@@ -37,9 +37,13 @@ class Store:
             raise InvalidConfig(f"{directory}: results cannot be kept there: {error.strerror}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._found = self._read()
         except BlockingIOError:
+            self._file.close()
             raise InvalidConfig(f"{directory}: another command keeps its results there just now") from None
-        self._found = self._read()
+        except InvalidConfig:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Store:
         return self

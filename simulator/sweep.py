@@ -7,6 +7,7 @@ same under every seed, and then the intervals are over the world's chance alone.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,9 +67,9 @@ def load_sweep(path: Path) -> dict[str, list[Case]]:
         if not sweep.variants:
             raise InvalidConfig(f"variants is empty; leave it out for one of no changes, {BASE}")
         common = {
-            "workload": msgspec.to_builtins(seen_from(sweep.workload, base)),
-            "fleet": msgspec.to_builtins(load_fleet(base / sweep.fleet)),
-            "world": msgspec.to_builtins(World() if sweep.world is None else load_world(base / sweep.world)),
+            "workload": _plain(seen_from(sweep.workload, base)),
+            "fleet": _plain(load_fleet(base / sweep.fleet)),
+            "world": _plain(World() if sweep.world is None else load_world(base / sweep.world)),
             "run": {"warm_up_s": sweep.warm_up_s, "control": sweep.control},
         }
         found = {}
@@ -113,11 +114,11 @@ def summarise(variant: str, outcomes: Sequence[Outcome]) -> Summary:
 
 
 def _case(common: Plain, changes: Mapping[str, Any], base: Path) -> Case:
-    plain = msgspec.msgpack.decode(msgspec.msgpack.encode(common))  # A deep copy: changes of one variant are no other's.
+    plain = copy.deepcopy(common)  # Changes of one variant are no other's.
     for path in sorted(changes, key=lambda path: "." in path or "[" in path):  # Whole files first, then settings in them.
         value = changes[path]
         if path in ("fleet", "world"):
-            plain[path] = msgspec.to_builtins(_file(path, value, base))
+            plain[path] = _plain(_file(path, value, base))
         else:
             _set(plain, path, value)
     fleet = _fleet(plain["fleet"], base)
@@ -133,6 +134,11 @@ class _Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def case(self, fleet: Fleet, world: World, traffic: Traffic) -> Case:
         return Case(fleet=fleet, world=world, traffic=traffic, warm_up_s=self.warm_up_s, control=self.control)
+
+
+def _plain(settings: msgspec.Struct) -> Plain:
+    """As a file has them: lists for tuples."""
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(settings))
 
 
 def _file(kind: str, value: object, base: Path) -> Fleet | World:
