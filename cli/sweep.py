@@ -117,7 +117,7 @@ def table(summaries: list[Summary], variants: dict[str, list[Case]]) -> Table:
         caption="mean +- 95 % over seeds; TTFT and TPOT at P90",
         caption_justify="left",
     )
-    shown.add_column("variant", overflow="fold")
+    shown.add_column("variant", overflow="fold", min_width=10)
     shown.add_column("runs", justify="right")
     for metric in METRICS:
         shown.add_column(metric.heading, justify="right", max_width=8)

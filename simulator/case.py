@@ -90,8 +90,10 @@ def check_case(case: Case) -> None:
 
 
 def run(case: Case, progress: Callable[[float], None] = lambda share: None) -> Outcome:
-    """Simulate it. progress: told of the share of its traffic that has arrived. Raises KeyboardInterrupt where that ended it, InvalidConfig where no
-    request counts."""
+    """Simulate it. progress: told of the share of its traffic that has arrived.
+
+    Raises KeyboardInterrupt where that ended it, InvalidConfig where no request counts.
+    """
     workload = case.traffic.open(case.seed)
 
     def watch(now_s: float, arrived: int) -> None:

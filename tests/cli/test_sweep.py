@@ -45,7 +45,7 @@ def test_each_variant_has_a_row_and_fits_the_terminal(tmp_path: Path, monkeypatc
     assert run(write(tmp_path, 1)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 90
-    assert [line.split()[-8] for line in lines if line.startswith(("as it is", "two more"))] == ["1/1", "1/1"]
+    assert [line.split()[-8] for line in lines if line.strip().startswith(("as it is", "two more"))] == ["1/1", "1/1"]
 
 
 def test_second_time_nothing_is_run_and_the_same_is_shown(tmp_path: Path, monkeypatch, capsys):
