@@ -63,8 +63,8 @@ def ab(
 ) -> None:
     """Set two policy sets against each other: the same arrivals and the same draws of the world in both runs of a pair.
 
-    The winner is who is better in attainment by more than a tenth of a point; else who is cheaper per token; else who takes less
-    energy; each only where the 95 % interval of the paired differences excludes zero.
+    The winner is who is better in attainment by more than a tenth of a point; else, where attainment is alike to a point, who is
+    cheaper per token; else who takes less energy; each only where the 95 % interval of the paired differences excludes zero.
 
     Examples:
 
@@ -133,7 +133,7 @@ def table(found: Comparison, a: str, b: str) -> Table:
     metrics = {metric.field: metric for metric in METRICS}
     for one in found.differences:
         metric = metrics[one.metric]
-        cells = [spread(side, metric.scale).replace("\n", " ") for side in (one.a, one.b, one.difference)]
+        cells = [spread(side, metric.scale).replace("\n", " ").replace("+-", "+- ") for side in (one.a, one.b, one.difference)]
         shown.add_row(metric.heading, *cells, one.better or ("same" if one.alike else "not shown"))
     return shown
 
@@ -141,6 +141,9 @@ def table(found: Comparison, a: str, b: str) -> Table:
 def _verdict(found: Comparison) -> str:
     from simulator.outcome import METRICS
 
+    if found.undecided is not None:
+        low, high = (100 * bound for bound in found.undecided)
+        return f"No winner yet: B's attainment may be {low:.2g} to {high:.2g} points above A's; more --seeds would tell."
     if found.winner is None:
         return "No winner: neither is shown to be better in attainment, cost or energy."
     by = next(metric.words for metric in METRICS if metric.field == found.by)

@@ -130,7 +130,7 @@ def shown(answer: Answer) -> Group:
     parts = [head, counted, _table("One replica less or more; latencies at P90", answer.neighbours, best)]
     if answer.cheaper:
         parts.append(_table("Cheaper, and failing", answer.cheaper[:MOST_SHOWN], best))
-    assumed = "Another replica never does harm, as far as the neighbours show."
+    assumed = "With another replica no neighbour does worse, beyond noise."
     return Group(*parts, *(answer.surprises or [assumed]))
 
 

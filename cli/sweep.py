@@ -112,7 +112,7 @@ def table(summaries: list[Summary], variants: dict[str, list[Case]]) -> Table:
 
     shown = Table(
         box=box.SIMPLE_HEAD,
-        padding=(0, 1),
+        padding=(0, 1, 0, 0),
         pad_edge=False,
         caption="mean +- 95 % over seeds; TTFT and TPOT at P90",
         caption_justify="left",
@@ -120,7 +120,7 @@ def table(summaries: list[Summary], variants: dict[str, list[Case]]) -> Table:
     shown.add_column("variant", overflow="fold", min_width=10)
     shown.add_column("runs", justify="right")
     for metric in METRICS:
-        shown.add_column(metric.heading, justify="right", max_width=8)
+        shown.add_column(metric.heading, justify="right", max_width=9)
     for one in summaries:
         cells = [spread(one.metrics[metric.field], metric.scale) if metric.field in one.metrics else "-" for metric in METRICS]
         shown.add_row(one.variant, f"{one.runs}/{len(variants[one.variant])}", *cells)
@@ -130,7 +130,7 @@ def table(summaries: list[Summary], variants: dict[str, list[Case]]) -> Table:
 def spread(found: Interval, scale: float) -> str:
     """Mean and half width, in the metric's unit, one over the other."""
     mean = figure(found.mean * scale)
-    return mean if found.half_width is None else f"{mean}\n+- {figure(found.half_width * scale, 2)}"
+    return mean if found.half_width is None else f"{mean}\n+-{figure(found.half_width * scale, 2)}"
 
 
 def _name(path: str, what: list[str]) -> str:

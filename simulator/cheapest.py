@@ -33,9 +33,16 @@ from simulator.outcome import Outcome
 from simulator.space import Space
 from simulator.survey import Slice, survey
 
+NOISE_SIGMAS = 2.0
 Kind = Literal["slice", "whole"]
 Ask = Callable[[Case, str], Outcome]
 """Has a case simulated, or remembers what came of it. The text says which, for a person who waits."""
+
+
+def _harmed(before: Outcome, after: Outcome) -> bool:
+    """Whether less is kept by more than chance explains: two standard deviations of a difference of two shares (binomial)."""
+    variance = sum(one.attainment * (1.0 - one.attainment) / one.arrived for one in (before, after))
+    return before.attainment - after.attainment > NOISE_SIGMAS * math.sqrt(variance)
 
 
 def in_words(replicas: Mapping[str, int]) -> str:
@@ -252,10 +259,9 @@ class Search:
                     if trial is None or trial.kind == "slice" or trial.outcome.stopped:
                         trial = self._try_whole(number, None)
                     found.append(trial)
-                    if sign == 1 and not trial.serves:
-                        self._surprises.append(
-                            f"{trial.words} fails with {trial.outcome.attainment:.2%}, though it has a replica more"
-                        )
+                    if sign == 1 and _harmed(best.outcome, trial.outcome):
+                        share = f"{trial.outcome.attainment:.2%}, not {best.outcome.attainment:.2%}"
+                        self._surprises.append(f"{trial.words} keeps the SLO for {share}, though it has a replica more")
             cheaper = [one for one in found if one.serves and one.usd_per_hour < best.usd_per_hour]
             if not cheaper:
                 return found

@@ -25,6 +25,9 @@ WORTH = {"attainment": 0.001}
 """Differences of at most so much are of no account for the verdict: a tenth of a point of attainment is no ground for a dearer
 fleet. Others have none: what costs less for the same attainment is better."""
 
+ALIKE = 0.01
+"""Cost and energy decide only once attainment is known to differ by less, either way: what is not shown may still be there."""
+
 Side = Literal["A", "B"]
 
 
@@ -49,6 +52,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     winner: Side | None
     by: str | None
     """The metric that decides; None without a winner."""
+    undecided: tuple[float, float] | None
+    """The interval of B's attainment less A's, where it is too wide for others to decide."""
     confidence: float = CONFIDENCE
 
 
@@ -58,12 +63,15 @@ def compared(pairs: Sequence[tuple[Outcome, Outcome]]) -> Comparison:
         raise InvalidConfig(f"{len(pairs)} pair is below 2, the fewest that have an interval")
     found = [_difference(metric, pairs) for metric in METRICS]
     differences = [one for one in found if one is not None]
-    decided = next((one for field in DECIDING for one in differences if one.metric == field and _counts(one)), None)
+    undecided = next((_ends(one) for one in differences if one.metric == DECIDING[0] and not _known(one)), None)
+    fields = DECIDING if undecided is None else ()
+    decided = next((one for field in fields for one in differences if one.metric == field and _counts(one)), None)
     return Comparison(
         pairs=len(pairs),
         differences=differences,
         winner=decided.better if decided else None,
         by=decided.metric if decided else None,
+        undecided=undecided,
     )
 
 
@@ -121,6 +129,16 @@ def _difference(metric: Metric, pairs: Sequence[tuple[Outcome, Outcome]]) -> Dif
         better=better,
         alike=not any(gains),
     )
+
+
+def _ends(one: Difference) -> tuple[float, float]:
+    width = one.difference.half_width or 0.0
+    return one.difference.mean - width, one.difference.mean + width
+
+
+def _known(one: Difference) -> bool:
+    """Whether its sign is shown, or that it is nearly zero."""
+    return one.better is not None or max(map(abs, _ends(one))) <= ALIKE
 
 
 def _counts(one: Difference) -> bool:

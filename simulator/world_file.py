@@ -12,7 +12,7 @@ from simulator.world import World
 
 
 def load_world(path: Path) -> World:
-    """Relative paths in it are taken from the file's own directory. Raises InvalidConfig with the value, its bound and its place."""
+    """Relative paths in it are taken from the file's own directory. Raises InvalidConfig with value, bound and place."""
     data = read_config(path)
     with named(path):
         world = decoded(data, World)

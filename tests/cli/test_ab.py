@@ -12,6 +12,8 @@ from controller.config import load_fleet
 from controller.pipelines import build
 from tests.simulator.comparing import CLUSTER, SHORT
 
+pytestmark = pytest.mark.timeout(900)  # Who simulates first waits for the compiler, which takes a minute and more.
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch) -> Path:

@@ -11,6 +11,8 @@ from cli.main import main
 from controller.config import check, load_fleet
 from tests.simulator.comparing import BRISK, CLUSTER
 
+pytestmark = pytest.mark.timeout(900)  # Who simulates first waits for the compiler, which takes a minute and more.
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch) -> Path:

@@ -16,6 +16,8 @@ import pytest
 from cli.main import main
 from tests.simulator.comparing import CLUSTER, SHORT
 
+pytestmark = pytest.mark.timeout(900)  # Who simulates first waits for the compiler, which takes a minute and more.
+
 ROOT = Path(__file__).parents[2]
 SWEEP = """
 workload: {trace: "TRACE"}

@@ -16,6 +16,8 @@ from simulator.outcome import Outcome
 from simulator.space import Space, SpaceFile
 from tests.simulator.comparing import BRISK, SHORT, case, fleet, outcome
 
+pytestmark = pytest.mark.timeout(900)  # Who simulates first waits for the compiler, which takes a minute and more.
+
 LONG = "poisson:rate=0.5,minutes=10,prompt=fixed(50),output=fixed(5)"
 WIDE = SpaceFile(replicas={"m/decode/h100": (0, 5), "m/decode/l4": (0, 9)}, nodes={"h100": 3, "l4": 9})
 
@@ -67,6 +69,15 @@ def test_neighbour_that_serves_against_expectation_takes_the_answers_place():
     answer = Search(case(), Space(fleet(), WIDE), 0.99, lambda one, words: _late(made, one, words)).answer()
     assert answer.best.replicas == {"m/decode/h100": 0, "m/decode/l4": 5}
     assert any("was taken for one that fails" in said for said in answer.surprises)
+
+
+def test_replica_more_that_harms_is_told():
+    made = Made(lambda h100, l4: l4 >= 3 and h100 == 0)
+    answer = Search(case(), Space(fleet(), WIDE), 0.99, made).answer()
+    assert answer.best.replicas == {"m/decode/h100": 0, "m/decode/l4": 3}
+    assert answer.surprises == [
+        "1 x decode/h100, 3 x decode/l4 keeps the SLO for 50.00%, not 100.00%, though it has a replica more"
+    ]
 
 
 def _late(made: Made, one: Case, words: str) -> Outcome:

@@ -14,6 +14,8 @@ from simulator.paired import challenged, compared, other_differences, winning, w
 from simulator.sweep import over_seeds
 from tests.simulator.comparing import case, fleet, outcome
 
+pytestmark = pytest.mark.timeout(900)  # Who simulates first waits for the compiler, which takes a minute and more.
+
 
 def pairs(field: str, gains: list[float], at: float = 0.9):
     """Pairs whose level swings much more than their difference does."""
@@ -29,7 +31,7 @@ def test_small_steady_gain_is_shown_though_levels_swing_more():
 
 def test_gain_that_swings_about_zero_is_not_shown():
     found = compared(pairs("attainment", [0.05, -0.04, 0.01]))
-    assert found.winner is None
+    assert (found.winner, found.by) == (None, None)
     assert "no difference shown in attainment" in words(found)
     assert "the same to the last digit in goodput" in words(found)
 
@@ -46,6 +48,15 @@ def test_attainment_of_no_account_leaves_the_verdict_to_cost():
     ]
     found = compared(one)
     assert (found.winner, found.by) == ("A", "usd_per_million_output_tokens")
+
+
+def test_cost_does_not_decide_while_attainment_may_differ_by_points():
+    costs = [{"usd_per_million_output_tokens": usd} for usd in (3.0, 3.1, 3.2)]
+    gains = list(zip((0.05, -0.04, 0.01), costs, strict=True))
+    found = compared([(outcome(attainment=0.9), outcome(attainment=0.9 + gain, **cost)) for gain, cost in gains])
+    assert found.winner is None
+    assert found.undecided == pytest.approx((0.00667 - 0.1120, 0.00667 + 0.1120), abs=2e-3)
+    assert compared([(outcome(attainment=0.9), outcome(attainment=0.9 + gain / 50, **cost)) for gain, cost in gains]).winner == "A"
 
 
 def test_one_pair_is_refused():

@@ -12,6 +12,8 @@ from simulator.case import run
 from simulator.sweep import load_sweep, summarise
 from tests.simulator.comparing import CLUSTER, SHORT, outcome
 
+pytestmark = pytest.mark.timeout(900)  # Who simulates first waits for the compiler, which takes a minute and more.
+
 
 @pytest.fixture
 def written(tmp_path: Path):
