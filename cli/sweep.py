@@ -130,7 +130,7 @@ def table(summaries: list[Summary], variants: dict[str, list[Case]]) -> Table:
 def spread(found: Interval, scale: float) -> str:
     """Mean and half width, in the metric's unit, one over the other."""
     mean = figure(found.mean * scale)
-    return mean if found.half_width is None else f"{mean}\n+-{figure(found.half_width * scale, 2)}"
+    return mean if found.half_width is None else f"{mean}\n+-{figure(round(found.half_width * scale, 5), 2)}"
 
 
 def _name(path: str, what: list[str]) -> str:
