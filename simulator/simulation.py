@@ -76,8 +76,8 @@ class Simulation:
         self.setup, self._ended, self._progress = setup, ended, progress
         fleet, world, seed = setup.fleet, setup.world, setup.seed
         self._machines = machines_of(fleet, world)
-        self._slos = {**fleet.slo} if DEFAULT in fleet.slo else {DEFAULT: Slo(), **fleet.slo}
-        for name, slo in self._slos.items():
+        self.slos = {**fleet.slo} if DEFAULT in fleet.slo else {DEFAULT: Slo(), **fleet.slo}
+        for name, slo in self.slos.items():
             check_slo(name, slo, self._machines)
         check_faults(fleet, world)
         router = router or router_of(fleet)
@@ -85,7 +85,7 @@ class Simulation:
         self._rows, self._numbers = rows, itertools.count()
         self.timeline = Timeline()
         self.engines = Engines(
-            tuple(self._slos.values()),
+            tuple(self.slos.values()),
             counted_from_s=setup.warm_up_s,
             reply_s=world.hop_s,
             telling=getattr(router, "reads_index", True),
@@ -102,7 +102,7 @@ class Simulation:
                 f"gateway-{number}",
                 router=router,
                 spec=fleet.gateway,
-                slos=self._slos,
+                slos=self.slos,
                 models=models,
                 send=self.serving.send,
                 rejected=self._reject,
@@ -112,7 +112,7 @@ class Simulation:
         self.serving.serve(self.gateways)
         self._model = models[0]
         self._choice = stream(seed, "gateways")
-        self._classes = {name: number for number, name in enumerate(self._slos)}
+        self._classes = {name: number for number, name in enumerate(self.slos)}
         self.in_flight = self.arrived = self.completed = 0
         self._counted = [0] * len(self._classes)
         self._rejected: Counter[str] = Counter()
@@ -209,6 +209,12 @@ class Simulation:
 
     # ── accounts ──
 
+    @property
+    def missed(self) -> int:
+        """Of the requests that count, how many have ended outside their SLO or were turned away by now. It never falls."""
+        tallies = self.engines.state.tallies.sum(axis=0)
+        return int(tallies[records.ENDED] - tallies[records.KEPT]) + self._rejected.total()
+
     def _account(self) -> None:
         hosts = self.hosts.values()
         nodes = {host.row.node for host in hosts} | {start.node for start in self.cluster.started.values()}
@@ -295,7 +301,7 @@ class Simulation:
     def _of_class(self, name: str, number: int) -> ClassResult:
         state = self.engines.state
         return ClassResult(
-            slo=self._slos[name],
+            slo=self.slos[name],
             arrived=self._counted[number],
             completed=int(state.tallies[number, records.ENDED]),
             kept=int(state.tallies[number, records.KEPT]),
