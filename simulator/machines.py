@@ -111,13 +111,13 @@ def check_slo(name: str, slo: Slo, machines: dict[str, Machine]) -> None:
 
 
 def warnings_of(machines: dict[str, Machine], prompt_tokens: int) -> list[str]:
-    """What is simulated beyond where it was measured."""
+    """What is simulated beyond where it was measured. prompt_tokens: of the longest prompt, computed in steps of the budget at most."""
     said = []
     for one in machines.values():
         if isinstance(one.true, StepTable):
             if one.true.fit.derived:
                 said.append(f"{one.group}: {one.true.fit.derived}")
-            beyond = outside(one.true.fit, prompt_tokens=prompt_tokens)
+            beyond = outside(one.true.fit, prompt_tokens=min(prompt_tokens, one.spec.step_budget_tokens))
             if beyond:
                 said.append(f"{one.group}: {beyond}")
     return said
