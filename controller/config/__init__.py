@@ -5,8 +5,8 @@ A bad file is refused whole, before anything starts, by one InvalidConfig that n
 
 from controller.config.effective import as_yaml, effective
 from controller.config.groups import model_of
-from controller.config.possible import check, check_fleet
+from controller.config.possible import check, check_fleet, check_unstarted
 from controller.config.reading import load_fleet, parse_fleet
 from controller.config.this_machine import memory_by_node
 
-__all__ = ["as_yaml", "check", "check_fleet", "effective", "load_fleet", "memory_by_node", "model_of", "parse_fleet"]
+__all__ = ["as_yaml", "check", "check_fleet", "check_unstarted", "effective", "load_fleet", "memory_by_node", "model_of", "parse_fleet"]

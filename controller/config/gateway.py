@@ -15,8 +15,8 @@ from policies.policy import Router
 TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
 
 
-def check_gateway(gateway: GatewaySpec) -> None:
-    """Limits, address and keys."""
+def check_gateway(gateway: GatewaySpec, *, files: bool = True) -> None:
+    """Limits, address and keys; files: those must be there."""
     for field in ("replicas", "max_queue", "max_attempts", "max_body_bytes"):
         check_at_least(getattr(gateway, field), 1, f"gateway.{field}")
     for field in ("queue_timeout_s", "silence_s"):
@@ -26,7 +26,7 @@ def check_gateway(gateway: GatewaySpec) -> None:
         raise InvalidConfig("gateway.keys_file and gateway.allow_anonymous exclude each other: give one")
     if not gateway.keys_file and not gateway.allow_anonymous:
         raise InvalidConfig("gateway.keys_file is missing; to serve without keys, set gateway.allow_anonymous: true")
-    if gateway.keys_file and not Path(gateway.keys_file).is_file():
+    if files and gateway.keys_file and not Path(gateway.keys_file).is_file():
         raise InvalidConfig(f"gateway.keys_file {gateway.keys_file} is no file")
 
 
@@ -35,14 +35,16 @@ def router_of(fleet: Fleet) -> Router:
     return make_policy(fleet.routing.use, fleet.routing.settings, place="routing", kind=Router)
 
 
-def check_transport(fleet: Fleet) -> None:
-    """Secret and certificates load, and without these nobody else can listen."""
+def check_transport(fleet: Fleet, *, files: bool = True) -> None:
+    """Secret and certificates load, if files are asked for, and without certificates nobody else can listen."""
     transport = fleet.transport
     if transport.kv_bytes_per_s is not None:
         check_positive(transport.kv_bytes_per_s, "transport.kv_bytes_per_s")
-    if transport.secret_file is not None:
+    if files and transport.secret_file is not None:
         _check_secret(Path(transport.secret_file))
     if transport.tls_dir is not None:
+        if not files:
+            return
         for name in TLS_FILES:
             if not (Path(transport.tls_dir) / name).is_file():
                 raise InvalidConfig(f"transport.tls_dir {transport.tls_dir} lacks {name}; it needs {', '.join(TLS_FILES)}")

@@ -30,8 +30,14 @@ def check_fleet(path: Path, fleet: Fleet, *, here: bool = True, running: bool = 
             raise InvalidConfig("telemetry.local_prometheus true: only a fleet on this machine gets a Prometheus beside it")
 
 
-def check(fleet: Fleet) -> None:
-    """Raise InvalidConfig for the first thing that cannot be on any machine."""
+def check_unstarted(path: Path, fleet: Fleet) -> None:
+    """The same for a fleet that nobody starts, to simulate it: neither its files nor this machine are looked at."""
+    with named(path):
+        check(fleet, files=False)
+
+
+def check(fleet: Fleet, *, files: bool = True) -> None:
+    """Raise InvalidConfig for the first thing that cannot be on any machine. files: those that it names must be there."""
     check_name(fleet.name, "name")
     for field in ("models", "nodes", "replicas"):
         if not getattr(fleet, field):
@@ -39,11 +45,11 @@ def check(fleet: Fleet) -> None:
     check_model_names(fleet)
     check_nodes(fleet)
     check_groups(fleet)
-    check_gateway(fleet.gateway)
-    check_transport(fleet)
+    check_gateway(fleet.gateway, files=files)
+    check_transport(fleet, files=files)
     router_of(fleet)
     check_slo(fleet)
     check_control(fleet)
     check_telemetry(fleet.telemetry)
-    for model in fleet.models:
+    for model in fleet.models if files else ():
         check_checkpoint(fleet, model)

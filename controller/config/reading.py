@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import yaml
@@ -19,17 +19,25 @@ from controller.spelling import check_spelling
 MAX_CONFIG_BYTES = 2**20  # Ten thousand nodes by name are half of it.
 MAX_SHOWN_CHARS = 60  # Of a wrong value.
 
+Settings = TypeVar("Settings", bound=msgspec.Struct)
+
 
 def load_fleet(path: Path) -> Fleet:
     """The fleet of a cluster.yaml, decoded. Relative paths in it are taken from the file's own directory."""
+    data = read_config(path)
+    with named(path):
+        return parse_fleet(data, path.absolute().parent)
+
+
+def read_config(path: Path) -> bytes:
+    """A file of settings, as it is. Raises InvalidConfig naming it."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise InvalidConfig(f"{path}: cannot be read: {error.strerror}") from error
     if len(data) > MAX_CONFIG_BYTES:
         raise InvalidConfig(f"{path}: {len(data)} bytes above {MAX_CONFIG_BYTES}, the largest config")
-    with named(path):
-        return parse_fleet(data, path.absolute().parent)
+    return data
 
 
 @contextlib.contextmanager
@@ -43,18 +51,22 @@ def named(path: Path) -> Iterator[None]:
 
 def parse_fleet(data: bytes, base: Path) -> Fleet:
     """Decode YAML into types, without asking whether the fleet is possible. `base`: what relative paths start from."""
+    return _with_absolute_paths(decoded(data, Fleet), base)
+
+
+def decoded(data: bytes, kind: type[Settings]) -> Settings:
+    """YAML as a struct of settings. Raises InvalidConfig with the value and its place."""
     try:
         plain = yaml.load(data, _Yaml)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InvalidConfig(f"is no YAML: {_one_line(error)}") from error
     if not isinstance(plain, dict):
         raise InvalidConfig(f"holds {type(plain).__name__}, not a mapping of settings")
-    check_spelling(plain, Fleet, "")
+    check_spelling(plain, kind, "")
     try:
-        fleet = msgspec.convert(plain, Fleet)
+        return msgspec.convert(plain, kind)
     except msgspec.ValidationError as error:
         raise InvalidConfig(_with_value(_one_line(error).replace("$.", ""), plain)) from error
-    return _with_absolute_paths(fleet, base)
 
 
 class _Yaml(yaml.CSafeLoader):
