@@ -37,6 +37,7 @@ SUBCOMMANDS = {
     "drain": Subcommand("cli.hands:drain", "Move everything off a node."),
     "pin": Subcommand("cli.hands:pin", "Keep a group at a number of replicas."),
     "unpin": Subcommand("cli.hands:unpin", "End a group's pin."),
+    "simulate": Subcommand("cli.simulate:simulate", "Serve a trace in simulated time, by the live policies, and report it."),
     "replay": Subcommand("cli.replay:replay", "Send a trace to an OpenAI endpoint and report latencies."),
     "calibrate": Subcommand("cli.calibrate:calibrate", "Measure a replica's step times and write them as a table."),
     "model": Subcommand("cli.model:app", "Make a small model, without a download."),
