@@ -42,9 +42,7 @@ def simulate(
             help="Trace file (Azure LLM, Mooncake, BurstGPT, request log) or generator (poisson, gamma, steps, diurnal, sessions).",
         ),
     ],
-    file: Annotated[Path, _option(FLEET, "FILE", "The cluster.yaml, as `mobula up` takes it.", "--file", "-f")] = Path(
-        "cluster.yaml"
-    ),
+    file: Annotated[Path, _option(FLEET, "FILE", "The cluster.yaml, as for `mobula up`.", "--file", "-f")] = Path("cluster.yaml"),
     world: Annotated[
         Path | None, _option(FLEET, "FILE", "YAML with what a cluster.yaml does not say: step times, delays, faults, spot losses.")
     ] = None,
@@ -57,6 +55,8 @@ def simulate(
     scale_output: Annotated[float, _option(TRACE, "X", "Factor for output lengths.", min=1e-6)] = 1.0,
     max_prompt_tokens: Annotated[int | None, _option(TRACE, "N", "Cut longer prompts, after scaling.", min=1)] = None,
     max_tokens: Annotated[int | None, _option(TRACE, "N", "Cut longer outputs, after scaling.", min=1)] = None,
+    slo_ttft: Annotated[float | None, _option(RESULTS, "S", "Seconds to the first token, for class default.", min=0)] = None,
+    slo_tpot: Annotated[float | None, _option(RESULTS, "S", "Seconds per token after the first, likewise.", min=0)] = None,
     warm_up: Annotated[float, _option(RESULTS, "S", "Requests of the first seconds do not count.", min=0)] = 60.0,
     as_json: Annotated[bool, _option(RESULTS, None, "All results as one JSON object, the last line.", "--json")] = False,
     report: Annotated[Path | None, _option(RESULTS, "FILE", "Write an HTML report, one file that needs no other.")] = None,
@@ -88,7 +88,7 @@ def simulate(
     for option, path in (("--report", report), ("--parquet", parquet)):
         if path and not path.absolute().parent.is_dir():
             raise InvalidConfig(f"{option} {path}: there is no directory {path.absolute().parent}")
-    fleet = load_fleet(file)
+    fleet = _promising(load_fleet(file), slo_ttft, slo_tpot)
     check_unstarted(file, fleet)
     settings = load_world(world) if world else World()
     _check_together(file, fleet, world, settings)
@@ -140,13 +140,22 @@ def run(setup: Setup, workload: Workload, parquet: Path | None, console: Console
             requests = stack.enter_context(RequestsFile(parquet))
             listeners = {"ended": requests.ended, "rejected": requests.rejected}
         progress = stack.enter_context(Progress("simulating", console))
-        simulation = Simulation(
-            setup,
-            iter(workload),
-            progress=lambda now_s, arrived: progress.simulated(now_s, arrived, workload.progress),
-            **listeners,
-        )
-        return simulation.run()
+
+        def tell(now_s: float, arrived: int) -> None:
+            progress.simulated(now_s, arrived, workload.progress)
+
+        return Simulation(setup, iter(workload), progress=tell, **listeners).run()
+
+
+def _promising(fleet: Fleet, ttft_s: float | None, tpot_s: float | None) -> Fleet:
+    """The fleet with these bounds of the default class, where they are given."""
+    import msgspec
+
+    from cluster.slo import Slo
+
+    given = {name: bound for name, bound in (("ttft_s", ttft_s), ("tpot_s", tpot_s)) if bound is not None}
+    default = msgspec.structs.replace(fleet.slo.get("default", Slo()), **given)
+    return msgspec.structs.replace(fleet, slo={**fleet.slo, "default": default}) if given else fleet
 
 
 def _check_together(file: Path, fleet: Fleet, world: Path | None, settings: World) -> None:

@@ -42,13 +42,9 @@ class Room(msgspec.Struct, frozen=True, kw_only=True):
 
 def room_of(fleet: Fleet) -> Room:
     """Of the model that traces are simulated with, the first: its roomiest group that decodes, as the router counts."""
-    served = fleet.models[0]
-    groups = [
-        spec
-        for spec in fleet.replicas
-        if spec.role.decodes and limits_of(spec)[1] > 0 and model_of(fleet, spec).name == served.name
-    ]
-    roomiest = max(groups, key=lambda spec: spec.kv_blocks * spec.block_tokens)
+    served = [spec for spec in fleet.replicas if model_of(fleet, spec) is fleet.models[0]]
+    decoding = [spec for spec in served if spec.role.decodes and limits_of(spec)[1] > 0]
+    roomiest = max(decoding, key=lambda spec: spec.kv_blocks * spec.block_tokens)
     return Room(tokens=roomiest.kv_blocks * roomiest.block_tokens, group=group_of(fleet, roomiest))
 
 
@@ -70,11 +66,11 @@ def look_through(workload: Workload, fleet: Fleet, told: Callable[[int, float], 
 
 
 def _check(row: TraceRow, room: Room, classes: set[str], workload: Workload) -> None:
-    output = max(1, row.output_tokens)
-    if row.prompt_tokens + output > room.tokens:
+    prompt, output = row.prompt_tokens, max(1, row.output_tokens)
+    if prompt + output > room.tokens:
         raise InvalidTrace(
-            f"{workload.place}: {row.prompt_tokens} prompt and {output} output tokens are {row.prompt_tokens + output}, above {room.words}; "
-            f"raise kv_blocks, or cut with --max-prompt-tokens"
+            f"{workload.place}: {prompt} prompt and {output} output tokens are {prompt + output}, above {room.words}; "
+            "raise kv_blocks, or cut prompts and outputs"
         )
     if row.slo_class not in classes:
         raise InvalidTrace(

@@ -111,7 +111,7 @@ def check_slo(name: str, slo: Slo, machines: dict[str, Machine]) -> None:
 
 
 def warnings_of(machines: dict[str, Machine], prompt_tokens: int) -> list[str]:
-    """What is simulated beyond where it was measured. prompt_tokens: of the longest prompt, computed in steps of the budget at most."""
+    """What is simulated beyond where it was measured. prompt_tokens: of the longest prompt; a step computes its budget at most."""
     said: dict[str, list[str]] = {}
     for one in machines.values():
         if isinstance(one.true, StepTable):

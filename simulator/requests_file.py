@@ -17,7 +17,7 @@ COMPLETED, REJECTED = "completed", "rejected"
 
 
 class RequestsFile:
-    """`ended` and `rejected` are for a Simulation; rows come in the order of their ends. Leaving the context writes what is left."""
+    """`ended` and `rejected` are for a Simulation; rows come as requests end. Leaving the context writes what is left."""
 
     def __init__(self, path: Path) -> None:
         """Raises InvalidConfig where it cannot be written, or pyarrow is not installed."""

@@ -40,8 +40,8 @@ def headline(result: Result) -> str:
 def speed(result: Result) -> str:
     """What simulating took."""
     return (
-        f"simulated {clock(result.span_s)} in {result.cpu_s:.1f} s of CPU: {result.requests_per_cpu_s:,.0f} requests per CPU second, "
-        f"at most {result.peak_rss_mb:,.0f} MB; {result.passes:,} passes of the controller"
+        f"simulated {clock(result.span_s)} in {result.cpu_s:.1f} s of CPU: {result.requests_per_cpu_s:,.0f} requests per "
+        f"CPU second, at most {result.peak_rss_mb:,.0f} MB; {result.passes:,} passes of the controller"
     )
 
 
@@ -86,16 +86,8 @@ def _headline(result: Result) -> Text:
 
 
 def _latency(result: Result) -> Table:
-    table = _table(
-        f"Latency after the first {result.warm_up_s:g} s, in ms, to {ERROR:.1%}",
-        "class",
-        "",
-        ">mean",
-        ">P50",
-        ">P90",
-        ">P99",
-        ">SLO",
-    )
+    title = f"Latency after the first {result.warm_up_s:g} s, in ms, to {ERROR:.1%}"
+    table = _table(title, "class", "", ">mean", ">P50", ">P90", ">P99", ">SLO")
     before = None
     for name, measure, found, bound in latencies(result):
         cells = [f"{1e3 * value:,.1f}" for value in (found.mean, found.p50, found.p90, found.p99)] if found else ["-"] * 4

@@ -19,7 +19,9 @@ REORDER_ROWS = 2**16  # A gateway at its full speed of some 800 a second for 80 
 _Packed = tuple[TraceRow, array]
 
 
-def in_order(rows: Iterable[tuple[int, TraceRow]], late: Callable[[int, TraceRow, float], Exception]) -> Iterator[tuple[int, TraceRow]]:
+def in_order(
+    rows: Iterable[tuple[int, TraceRow]], late: Callable[[int, TraceRow, float], Exception]
+) -> Iterator[tuple[int, TraceRow]]:
     """The rows by arrival, those of one time as they came. Each comes, and goes, with its line.
 
     Raises `late(line, row, bound_s)` for a row that arrived before `bound_s`, by which later ones had to be let go.

@@ -34,7 +34,8 @@ class _File:
 
     def rows(self) -> Iterator[TraceRow]:
         with self._trace.open() as self._file:
-            for self.line, row in self._trace.numbered(self._file):
+            for line, row in self._trace.numbered(self._file):
+                self.line = line
                 yield row
 
     def expected(self, until_s: float) -> None:

@@ -9,4 +9,14 @@ from controller.config.possible import check, check_fleet, check_unstarted
 from controller.config.reading import load_fleet, parse_fleet
 from controller.config.this_machine import memory_by_node
 
-__all__ = ["as_yaml", "check", "check_fleet", "check_unstarted", "effective", "load_fleet", "memory_by_node", "model_of", "parse_fleet"]
+__all__ = [
+    "as_yaml",
+    "check",
+    "check_fleet",
+    "check_unstarted",
+    "effective",
+    "load_fleet",
+    "memory_by_node",
+    "model_of",
+    "parse_fleet",
+]
