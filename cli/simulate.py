@@ -126,9 +126,12 @@ def run(setup: Setup, workload: Workload, parquet: Path | None, console: Console
     from simulator.simulation import Simulation
     from workloads.stream import open_workload
 
+    span_s = workload.span_s
     if workload.read:
         with Progress("reading the trace", console) as progress:
-            look_through(workload, setup.fleet, lambda rows, share: progress.show(share, f"{rows:,} requests"))
+            span_s = look_through(workload, setup.fleet, lambda rows, share: progress.show(share, f"{rows:,} requests")).span_s
+    if span_s is not None and setup.warm_up_s > span_s:
+        raise InvalidConfig(f"--warm-up {setup.warm_up_s:g} is above {span_s:g} s, the workload's length: no request would count")
     if not compiled_before():
         _say(console, "compiling the simulator, once: about a minute")
         Simulation(setup, iter(open_workload(FEW, seed=setup.seed))).run()
