@@ -110,7 +110,7 @@ class Simulation:
             )
             for number in range(fleet.gateway.replicas)
         )
-        self.serving.gateways = self.gateways
+        self.serving.serve(self.gateways)
         self._model = models[0]
         self._choice = stream(seed, "gateways")
         self._classes = {name: number for number, name in enumerate(self._slos)}
