@@ -5,6 +5,7 @@ It says nothing that the result and its settings do not hold; the template besid
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -129,11 +130,12 @@ def _plots(result: Result) -> Iterator[Plot]:
         return [value / every_s for value in values]
 
     yield Plot(title="Replicas by role and phase", unit="replicas", series=list(_replicas(course.replicas)), wide=True)
+    unknown = math.ceil(result.warm_up_s / every_s)  # Intervals in which nothing counts yet.
     arrived = Series(name="arrived", values=per_s(course.arrivals), style="blue-fill", area=True)
     rates = [
         arrived,
         Series(name="completed", values=per_s(course.completions), style="blue"),
-        Series(name="completed within the SLO", values=per_s(course.kept), style="green"),
+        Series(name="completed within the SLO", values=[*[None] * unknown, *per_s(course.kept)[unknown:]], style="green"),
     ]
     if any(course.rejections):
         rates.append(Series(name="rejected", values=per_s(course.rejections), style="red"))

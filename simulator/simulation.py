@@ -71,9 +71,9 @@ class Simulation:
         rejected: Callable[[Flight, str], None] = lambda flight, why: None,
         progress: Callable[[float, int], None] = lambda now_s, arrived: None,
     ) -> None:
-        """router, pipeline: instead of those that the fleet names. ended: told of each request that has had its last token, and when.
-        rejected: told of each that got no answer, or not all of it, and why. progress: told once a simulated second of the time and of
-        how many have arrived. Raises InvalidConfig for what cannot be."""
+        """router, pipeline: instead of those that the fleet names. ended: told of each request that has had its last token, and
+        when. rejected: told of each that got no answer, or not all of it, and why. progress: told once a simulated second of the
+        time and of how many have arrived. Raises InvalidConfig for what cannot be."""
         self.setup, self._ended, self._told_rejected, self._progress = setup, ended, rejected, progress
         fleet, world, seed = setup.fleet, setup.world, setup.seed
         self._machines = machines_of(fleet, world)
