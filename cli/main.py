@@ -37,6 +37,7 @@ SUBCOMMANDS = {
     "drain": Subcommand("cli.hands:drain", "Move everything off a node."),
     "pin": Subcommand("cli.hands:pin", "Keep a group at a number of replicas."),
     "unpin": Subcommand("cli.hands:unpin", "End a group's pin."),
+    "simulate": Subcommand("cli.simulate:simulate", "Serve a trace in simulated time, by the live policies, and report it."),
     "replay": Subcommand("cli.replay:replay", "Send a trace to an OpenAI endpoint and report latencies."),
     "sweep": Subcommand("cli.sweep:sweep", "Simulate variants of a fleet under several seeds."),
     "ab": Subcommand("cli.ab:ab", "Set two policy sets against each other in simulated time."),

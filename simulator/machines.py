@@ -111,13 +111,16 @@ def check_slo(name: str, slo: Slo, machines: dict[str, Machine]) -> None:
 
 
 def warnings_of(machines: dict[str, Machine], prompt_tokens: int) -> list[str]:
-    """What is simulated beyond where it was measured."""
-    said = []
+    """What is simulated beyond where it was measured. prompt_tokens: of the longest prompt; a step computes its budget at most."""
+    said: dict[str, list[str]] = {}
     for one in machines.values():
         if isinstance(one.true, StepTable):
-            if one.true.fit.derived:
-                said.append(f"{one.group}: {one.true.fit.derived}")
-            beyond = outside(one.true.fit, prompt_tokens=prompt_tokens)
-            if beyond:
-                said.append(f"{one.group}: {beyond}")
-    return said
+            for words in _beyond(one.true, min(prompt_tokens, one.spec.step_budget_tokens)):
+                said.setdefault(words, []).append(one.group)
+    return [f"{', '.join(groups)}: {words}" for words, groups in said.items()]
+
+
+def _beyond(table: StepTable, prompt_tokens: int) -> list[str]:
+    """Without words on prompts where none was measured: `derived` has them."""
+    beyond = outside(table.fit, prompt_tokens=prompt_tokens) if table.fit.prefill_tokens[1] else None
+    return [words for words in (table.fit.derived, beyond) if words]

@@ -28,7 +28,7 @@ from simulator.faults import Faults, check_faults
 from simulator.flight import Flight
 from simulator.gateway import SimulatedGateway
 from simulator.host import Host
-from simulator.machines import check_slo, machines_of
+from simulator.machines import check_slo, machines_of, warnings_of
 from simulator.result import ClassResult, Event, Quantiles, Result
 from simulator.serving import Serving
 from simulator.sketch import mean_s, quantiles_s
@@ -68,12 +68,13 @@ class Simulation:
         router: Router | None = None,
         pipeline: Pipeline | None = None,
         ended: Callable[[Flight, float], None] = lambda flight, now_s: None,
+        rejected: Callable[[Flight, str], None] = lambda flight, why: None,
         progress: Callable[[float, int], None] = lambda now_s, arrived: None,
     ) -> None:
         """router, pipeline: instead of those that the fleet names. ended: told of each request that has had its last token, and
-        when. progress: told once a simulated second of the time and of how many have arrived. Raises InvalidConfig for what cannot
-        be."""
-        self.setup, self._ended, self._progress = setup, ended, progress
+        when. rejected: told of each that got no answer, or not all of it, and why. progress: told once a simulated second of the
+        time and of how many have arrived. Raises InvalidConfig for what cannot be."""
+        self.setup, self._ended, self._told_rejected, self._progress = setup, ended, rejected, progress
         fleet, world, seed = setup.fleet, setup.world, setup.seed
         self._machines = machines_of(fleet, world)
         self.slos = {**fleet.slo} if DEFAULT in fleet.slo else {DEFAULT: Slo(), **fleet.slo}
@@ -117,6 +118,7 @@ class Simulation:
         self._counted = [0] * len(self._classes)
         self._rejected: Counter[str] = Counter()
         self._rejections = 0
+        self._longest = 0
         self.events: list[Event] = []
         self._course = CourseKeeper()
         self._usd = 0.0
@@ -166,6 +168,7 @@ class Simulation:
         now_s, number = self.timeline.now_s, next(self._numbers)
         kind = self._classes.get(row.slo_class, 0)
         self.arrived += 1
+        self._longest = max(self._longest, row.prompt_tokens)
         self._counted[kind] += now_s >= self.setup.warm_up_s
         self.in_flight += 1
         flight = Flight(str(number), row, self._hashes(row), kind, now_s)
@@ -189,6 +192,7 @@ class Simulation:
         self.serving.give_up(flight)
         self.in_flight -= 1
         self._rejections += 1
+        self._told_rejected(flight, why)
         if flight.arrival_s >= self.setup.warm_up_s:
             self._rejected[why] += 1
 
@@ -291,6 +295,7 @@ class Simulation:
             acts=self.control.acts if self.control is not None else [],
             events=self.events,
             course=self._course.course(),
+            warnings=warnings_of(self._machines, self._longest) if self._longest else [],
             interrupted=self._interrupted,
             passes=self.control.passes if self.control is not None else 0,
             cpu_s=self._cpu_s,

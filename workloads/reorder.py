@@ -19,8 +19,10 @@ REORDER_ROWS = 2**16  # A gateway at its full speed of some 800 a second for 80 
 _Packed = tuple[TraceRow, array]
 
 
-def in_order(rows: Iterable[tuple[int, TraceRow]], late: Callable[[int, TraceRow, float], Exception]) -> Iterator[TraceRow]:
-    """The rows by arrival, those of one time as they came. Each comes with its line.
+def in_order(
+    rows: Iterable[tuple[int, TraceRow]], late: Callable[[int, TraceRow, float], Exception]
+) -> Iterator[tuple[int, TraceRow]]:
+    """The rows by arrival, those of one time as they came. Each comes, and goes, with its line.
 
     Raises `late(line, row, bound_s)` for a row that arrived before `bound_s`, by which later ones had to be let go.
     """
@@ -32,10 +34,10 @@ def in_order(rows: Iterable[tuple[int, TraceRow]], late: Callable[[int, TraceRow
         newest_s = max(newest_s, row.arrival_s)
         heapq.heappush(held, (row.arrival_s, line, _packed(row)))
         while held[0][0] < newest_s - REORDER_S or len(held) > REORDER_ROWS:
-            gone_s, _, first = heapq.heappop(held)
-            yield _unpacked(*first)
+            gone_s, at, first = heapq.heappop(held)
+            yield at, _unpacked(*first)
     held.sort()
-    yield from (_unpacked(*packed) for _, _, packed in held)
+    yield from ((at, _unpacked(*packed)) for _, at, packed in held)
 
 
 def _packed(row: TraceRow) -> _Packed:

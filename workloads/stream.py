@@ -29,10 +29,14 @@ class _File:
         self._trace = trace
         self._file: BinaryIO | None = None
         self._share = 0.0
+        self.line: int | None = None
+        """Of the latest row."""
 
     def rows(self) -> Iterator[TraceRow]:
         with self._trace.open() as self._file:
-            yield from self._trace.rows(self._file)
+            for line, row in self._trace.numbered(self._file):
+                self.line = line
+                yield row
 
     def expected(self, until_s: float) -> None:
         """Only reading it tells."""
@@ -45,6 +49,8 @@ class _File:
 
 class _Made:
     """A generator with its seed."""
+
+    line = None
 
     def __init__(self, generator: Generator | Sessions, seed: int) -> None:
         self._generator, self._seed = generator, seed
@@ -85,6 +91,16 @@ class Workload:
         """About how many come; None where only reading or making them tells."""
         total = self._source.expected(self._start_s + self._span_s)
         return None if total is None else total - (self._source.expected(self._start_s) or 0.0)
+
+    @property
+    def read(self) -> bool:
+        """Whether it is read from a file, which may hold anything, and not made."""
+        return isinstance(self._source, _File)
+
+    @property
+    def place(self) -> str:
+        """Where the latest row came from: file and line, or a generator and the time."""
+        return f"{self._text}: at {self._at_s:g} s" if self._source.line is None else f"{self._text}:{self._source.line}"
 
     @property
     def progress(self) -> float:

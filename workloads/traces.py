@@ -31,6 +31,7 @@ MOONCAKE_BLOCK_TOKENS = 512  # As the release's README says of `hash_ids`.
 FORMATS = ("mobula", "mooncake", "azure", "burstgpt")
 
 Lines = Iterator[tuple[int, bytes]]
+Numbered = Iterator[tuple[int, TraceRow]]
 Row = TypeVar("Row")
 
 
@@ -44,17 +45,18 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     def __iter__(self) -> Iterator[TraceRow]:
         """The rows, one by one. Raises InvalidTrace at the first broken line."""
         with self.open() as file:
-            yield from self.rows(file)
+            for _, row in self.numbered(file):
+                yield row
 
     def open(self) -> BinaryIO:
-        """The file, for `rows`; how far it is read tells the progress. Raises InvalidTrace."""
+        """The file, for `numbered`; how far it is read tells the progress. Raises InvalidTrace."""
         try:
             return self.path.open("rb")
         except OSError as error:
             raise InvalidTrace(f"{self.path}: {error.strerror}") from error
 
-    def rows(self, file: BinaryIO) -> Iterator[TraceRow]:
-        """As `__iter__`, from the opened file."""
+    def numbered(self, file: BinaryIO) -> Numbered:
+        """As `__iter__`, from the opened file, each row with the line that it stands on."""
         return _READERS[self.format](str(self.path), _lines(str(self.path), file))
 
 
@@ -144,7 +146,7 @@ class _Clock:
 # JSON lines
 
 
-def _mobula(path: str, lines: Lines) -> Iterator[TraceRow]:
+def _mobula(path: str, lines: Lines) -> Numbered:
     def late(number: int, row: TraceRow, bound_s: float) -> InvalidTrace:
         expected = f"arrival_s of at least {bound_s:g}, as rows may come at most {REORDER_S:g} s or {REORDER_ROWS} rows late"
         return _invalid(path, number, str(row.arrival_s), expected)
@@ -152,7 +154,7 @@ def _mobula(path: str, lines: Lines) -> Iterator[TraceRow]:
     return in_order(_as_written(path, lines), late)
 
 
-def _as_written(path: str, lines: Lines) -> Iterator[tuple[int, TraceRow]]:
+def _as_written(path: str, lines: Lines) -> Numbered:
     decode = msgspec.json.Decoder(TraceRow).decode
     for number, line in lines:
         row = _decoded(decode, path, number, line)
@@ -180,7 +182,7 @@ class _MooncakeLine(msgspec.Struct, frozen=True):
     hash_ids: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
 
 
-def _mooncake(path: str, lines: Lines) -> Iterator[TraceRow]:
+def _mooncake(path: str, lines: Lines) -> Numbered:
     decode = msgspec.json.Decoder(_MooncakeLine).decode
     clock = _Clock(path)
     for number, line in lines:
@@ -192,7 +194,7 @@ def _mooncake(path: str, lines: Lines) -> Iterator[TraceRow]:
             block_hashes=row.hash_ids,
             block_tokens=MOONCAKE_BLOCK_TOKENS,
         )
-        yield _hashes_checked(shown, "hash_ids", path, number)
+        yield number, _hashes_checked(shown, "hash_ids", path, number)
 
 
 def _decoded(decode: Callable[[bytes], Row], path: str, number: int, line: bytes) -> Row:
@@ -205,26 +207,28 @@ def _decoded(decode: Callable[[bytes], Row], path: str, number: int, line: bytes
 # Comma-separated values
 
 
-def _azure(path: str, lines: Lines) -> Iterator[TraceRow]:
+def _azure(path: str, lines: Lines) -> Numbered:
     clock = _Clock(path)
     for number, (at, prompt, output) in _columns(path, lines, AZURE):
-        yield TraceRow(
+        row = TraceRow(
             arrival_s=clock.since_first(_unix_s(at, path, number), number, at),
             prompt_tokens=max(1, _tokens("ContextTokens", prompt, path, number)),
             output_tokens=_tokens("GeneratedTokens", output, path, number),
         )
+        yield number, row
 
 
-def _burstgpt(path: str, lines: Lines) -> Iterator[TraceRow]:
+def _burstgpt(path: str, lines: Lines) -> Numbered:
     """The first release has no `Session ID`; where a response has 0 tokens the service had failed."""
     clock = _Clock(path)
     for number, (at, prompt, output, session) in _columns(path, lines, BURSTGPT, optional=("Session ID",)):
-        yield TraceRow(
+        row = TraceRow(
             arrival_s=clock.since_first(_seconds("Timestamp", at, path, number), number, at),
             prompt_tokens=max(1, _tokens("Request tokens", prompt, path, number)),
             output_tokens=_tokens("Response tokens", output, path, number),
             session_id=session or None,
         )
+        yield number, row
 
 
 def _columns(path: str, lines: Lines, wanted: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator[tuple[int, list[str]]]:
@@ -266,7 +270,7 @@ def _unix_s(text: str, path: str, number: int) -> float:
     return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
 
 
-_READERS: dict[str, Callable[[str, Lines], Iterator[TraceRow]]] = {
+_READERS: dict[str, Callable[[str, Lines], Numbered]] = {
     "mobula": _mobula,
     "mooncake": _mooncake,
     "azure": _azure,
