@@ -46,7 +46,11 @@ def rows() -> tuple[Replica, ...]:
             engine="emulated",
             host_id=f"node-{number // 2}",
             performance=PerformanceModel(
-                step_s=0.006 * (1 + number % 2), prefill_token_s=2e-5, prefill_pair_s=1e-9, sequence_s=3e-5, kv_token_s=2e-8
+                step_s=0.006 * (1 + number % 2),
+                prefill_token_s=2e-5 if role is Role.PREFILL else 3e-4,
+                prefill_pair_s=1e-9,
+                sequence_s=3e-5,
+                kv_token_s=2e-8,
             ),
             layout=KvLayout(layers=32, kv_heads=8, head_dim=128, dtype="bfloat16"),
             kv_blocks=400,
