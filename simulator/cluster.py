@@ -365,6 +365,8 @@ class SimulatedCluster:
     def _heed(self, loads: Sequence[tuple[Host, Load]]) -> None:
         now_s = self._timeline.now_s
         for host, load in loads:
+            if host.missed:  # Its stream is broken, and what was on it lost.
+                continue
             host.load, host.heard_s = load, now_s
             for gateway in self.gateways:
                 gateway.report(load, now_s)

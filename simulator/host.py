@@ -26,6 +26,8 @@ class Host:
         self.heard_s = since_s
         self.alive = True
         """False once its process has ended or hangs, whether that is known yet or not."""
+        self.missed = False
+        """Whether gateways have noticed that."""
         self.next_role: Role | None = None
         """Of a change under way."""
         self.born_s = since_s

@@ -68,9 +68,9 @@ class Serving:
         host = self._hosts[route.decode.replica_id]
         flight.host = host
         host.flights[flight] = None
-        if not host.alive:  # Nobody knows yet; it goes on elsewhere once that is noticed.
+        if not host.alive and not host.missed:  # Nobody knows yet; it goes on elsewhere once that is noticed.
             return
-        if host.row.phase is not Phase.READY:
+        if not host.alive or host.row.phase is not Phase.READY:
             self._timeline.after(2 * hop_s, partial(self._refused, flight, flight.attempt))
             return
         if route.prefill is None:
@@ -273,6 +273,7 @@ class Serving:
 
     def _noticed(self, host: Host) -> None:
         now_s = self._timeline.now_s
+        host.missed = True
         for gateway in self.gateways:
             gateway.suspect(host, now_s)
         self.move_off(host)
