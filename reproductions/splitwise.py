@@ -182,14 +182,14 @@ def compared(bench: Bench, told: str, curves: Curves, claim: str, published: flo
         claim=claim,
         setting=f"{tried[0].name} ({shapes}) against {baseline.name} ({baseline.machines}), {told} curve, {lasting} in steps of 10",
         published=f"{published}",
-        ours=ours / base if base else None,
+        ours=ours / base if base else math.inf,
         unit="x",
         label="predicted",
         depends_on_prefill=True,
         low=published * 0.85,
         high=published * 1.15,
         tolerance="15 %",
-        why=f"{ours:.0f} ({best.machines}) against {base:.0f} rps" if base else "the baseline holds at no rate",
+        why=f"{bench.told(best, curves, ours)} against {bench.told(baseline, curves, base)}",
     )
 
 
@@ -250,6 +250,11 @@ class Bench:
             rate += STEP
         return rate
 
+    def told(self, design: Design, curves: Curves, rate: float) -> str:
+        """Its highest rate, and what breaks a step above."""
+        lasting_s = MINUTE_S if self.settings.quick else LONG_S
+        return f"{rate:.0f} rps ({design.machines}; then {worst(self.slowdowns(design, curves, rate + STEP, lasting_s, 0))})"
+
     def lasts(self, design: Design, curves: Curves, rate: float) -> bool:
         return holds(self.slowdowns(design, curves, rate, LONG_S, 0))
 
@@ -288,6 +293,12 @@ def slowdown(times: Times, curves: Curves, cost: float) -> NDArray[np.float64]:
             e2e_s / (prompt_s + token_s * (times.output - 1)),
         ]
     )
+
+
+def worst(slowdowns: NDArray[np.float64]) -> str:
+    """The one of the nine that is furthest beyond its bound, or nearest to it."""
+    kind, quantile = np.unravel_index(np.argmax(slowdowns / BOUNDS), BOUNDS.shape)
+    return f"{('TTFT', 'TBT', 'E2E')[kind]} P{QUANTILES[quantile] * 100:.0f} is {slowdowns[kind, quantile]:.2f}"
 
 
 def holds(slowdowns: NDArray[np.float64]) -> bool:

@@ -12,7 +12,7 @@ from scipy.interpolate import interp1d
 from cluster.record import TraceRow
 from reproductions import splitwise
 from reproductions.settings import Settings
-from reproductions.splitwise import BOUNDS, Bench, Design, bracket, designs, holds, slowdown
+from reproductions.splitwise import BOUNDS, Bench, Design, bracket, designs, holds, slowdown, worst
 from reproductions.splitwise_cluster import KV_BYTES, LINK_BYTES_S, Cluster, corrected_curves, published_curves
 from reproductions.splitwise_scheduler import MixedPools, Placement, Shortest
 
@@ -145,6 +145,12 @@ def test_slo_is_all_nine_below_their_bounds() -> None:
         slowdowns = BOUNDS - 1e-9
         slowdowns[place] = BOUNDS[place]
         assert not holds(slowdowns)
+
+
+def test_what_breaks_is_the_one_furthest_beyond_its_bound() -> None:
+    slowdowns = BOUNDS * 0.9
+    slowdowns[1, 1] = 1.8
+    assert worst(slowdowns) == "TBT P90 is 1.80"
 
 
 def test_designs_and_brackets_are_those_of_the_data(data_dir: Path) -> None:
