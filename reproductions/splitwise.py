@@ -14,7 +14,9 @@ What it does not model: power as it is drawn (a cluster is sized by provisioned 
 
 Two decode curves: the published one looks up n sequences as if they were n prompt tokens, so that a step hardly grows with the
 batch; the corrected one takes the same profile's batch sizes. Token machines then break TBT at batches that the published curve
-lets pass, and clusters sized under that curve lose their gain: it needs other splits, with more token machines. Sources: arXiv 2311.18677; github Mutinifni/splitwise-sim.
+lets pass, and clusters sized under that curve lose their gain: it needs other splits, with more token machines.
+
+Sources: arXiv 2311.18677; github Mutinifni/splitwise-sim.
 """
 
 from __future__ import annotations
