@@ -42,6 +42,7 @@ SUBCOMMANDS = {
     "sweep": Subcommand("cli.sweep:sweep", "Simulate variants of a fleet under several seeds."),
     "ab": Subcommand("cli.ab:ab", "Set two policy sets against each other in simulated time."),
     "cheapest": Subcommand("cli.cheapest:cheapest", "Find the cheapest fleet that serves a trace under its SLO."),
+    "reproduce": Subcommand("cli.reproduce:reproduce", "Measure published systems again, in one table."),
     "calibrate": Subcommand("cli.calibrate:calibrate", "Measure a replica's step times and write them as a table."),
     "model": Subcommand("cli.model:app", "Make a small model, without a download."),
     "chaos": Subcommand("cli.chaos:app", "Break something of a local fleet on purpose."),
