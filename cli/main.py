@@ -38,6 +38,7 @@ SUBCOMMANDS = {
     "pin": Subcommand("cli.hands:pin", "Keep a group at a number of replicas."),
     "unpin": Subcommand("cli.hands:unpin", "End a group's pin."),
     "replay": Subcommand("cli.replay:replay", "Send a trace to an OpenAI endpoint and report latencies."),
+    "reproduce": Subcommand("cli.reproduce:reproduce", "Measure published systems again, in one table."),
     "calibrate": Subcommand("cli.calibrate:calibrate", "Measure a replica's step times and write them as a table."),
     "model": Subcommand("cli.model:app", "Make a small model, without a download."),
     "chaos": Subcommand("cli.chaos:app", "Break something of a local fleet on purpose."),

@@ -209,6 +209,7 @@ class SimulatedCluster:
         host.idle_w, host.slowness = machine.true.idle_w, slowness
         host.born_s = max(since_s, 0.0)
         self._serving.on_engine[engine] = host
+        self._serving.links.inside(node, machine.node_bytes_per_s)
         self._break_some_time(host)
 
     def _drain(self, host: Host, deadline_s: float) -> None:

@@ -83,5 +83,3 @@ class CourseKeeper:
         self._sketches = [self._sketches[i] + self._sketches[i + 1] for i in range(0, MOST, 2)]
         self._length //= 2
         self._every *= 2
-
-

@@ -26,7 +26,9 @@ def check_faults(fleet: Fleet, world: World) -> None:
     zones = {node.zone for node in fleet.nodes if node.market is Market.SPOT}
     for zone, path in world.spot_traces.items():
         if zone not in zones:
-            raise InvalidConfig(f"spot_traces.{zone}: no spot node is in that zone; zones with some: {', '.join(sorted(zones)) or 'none'}")
+            raise InvalidConfig(
+                f"spot_traces.{zone}: no spot node is in that zone; zones with some: {', '.join(sorted(zones)) or 'none'}"
+            )
         read_spot_trace(Path(path))
 
 
@@ -36,7 +38,9 @@ def read_spot_trace(path: Path) -> tuple[float, Sequence[int]]:
         data = json.loads(path.read_bytes())
         gap_s, counts = float(data["metadata"]["gap_seconds"]), [int(count) for count in data["data"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidConfig(f"{path}: is no spot trace, {{'metadata': {{'gap_seconds'}}, 'data': [count, ...]}}: {error!r}") from error
+        raise InvalidConfig(
+            f"{path}: is no spot trace, {{'metadata': {{'gap_seconds'}}, 'data': [count, ...]}}: {error!r}"
+        ) from error
     if gap_s <= 0 or not counts or min(counts) < 0:
         raise InvalidConfig(f"{path}: gap_seconds {gap_s} and counts from {min(counts, default=0)}: expected > 0, and counts >= 0")
     return gap_s, counts

@@ -17,11 +17,9 @@ from simulator.flight import NO_ROW, Flight
 from simulator.gateway import SimulatedGateway
 from simulator.host import Host
 from simulator.links import Links
-from simulator.steps.records import FINISHED, FIRST_TOKEN, PREFILL_ONLY, PREFILLED, STORED
+from simulator.steps.records import FINISHED, FIRST_TOKEN, OWN_HASHES, PREFILL_ONLY, PREFILLED, STORED
 from simulator.timeline import Timeline
 from simulator.world import World
-
-OUTPUT_HASHES = 2**63  # Hashes of blocks that nobody else can have count up from here.
 
 
 class News(NamedTuple):
@@ -51,7 +49,7 @@ class Serving:
         self._pulls: dict[int, Flight] = {}
         """By the row that computes the prompt."""
         self._news: deque[News] = deque()
-        self._unique = OUTPUT_HASHES
+        self._unique = OWN_HASHES
         self.transfers = 0
 
     # ── from a gateway ──

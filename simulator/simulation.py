@@ -241,7 +241,9 @@ class Simulation:
         work = [host.work for host in self.cluster.gone if host.work is not None]
         live = [host for host in self.hosts.values() if host.alive]
         work += [self.engines.work(host.engine, now_s) for host in live]
-        lives_s = [(host.gone_s if host.gone_s is not None else now_s) - host.born_s for host in (*self.cluster.gone, *self.hosts.values())]
+        lives_s = [
+            (host.gone_s if host.gone_s is not None else now_s) - host.born_s for host in (*self.cluster.gone, *self.hosts.values())
+        ]
         idle_w = [host.idle_w for host in (*self.cluster.gone, *self.hosts.values())]
         busy_s = sum(one.busy_s for one in work)
         present_s = sum(lives_s)

@@ -13,13 +13,14 @@ from simulator.steps.records import (
     ENTRIES_FREE,
     ENTRIES_USED,
     NOBODY,
+    NOW,
+    OWN_HASHES,
     REMOVED,
     SAID_COUNT,
     SAID_HASHES,
     STORED,
     TELLING,
     UNSHARED,
-    NOW,
     Fleet,
 )
 
@@ -110,7 +111,7 @@ def share(fleet: Fleet, engine: int, request: int, full: int) -> None:
         fleet.held[at + index] = entry
         if entry == NOBODY:
             fleet.counts[UNSHARED] += 1
-        elif fleet.counts[TELLING]:
+        elif fleet.counts[TELLING] and fleet.arena[at + index] < np.uint64(OWN_HASHES):
             fleet.said_hashes[fleet.counts[SAID_HASHES] + told] = fleet.arena[at + index]
             told += 1
     fleet.requests[request].shared = max(first, full)
@@ -131,7 +132,7 @@ def forget(fleet: Fleet, engine: int) -> None:
 def _evict(fleet: Fleet, engine: int) -> None:
     entry = fleet.engines[engine].oldest
     _unlink(fleet, engine, entry)
-    if fleet.counts[TELLING]:
+    if fleet.counts[TELLING] and fleet.entries[entry].hash < np.uint64(OWN_HASHES):
         fleet.said_hashes[fleet.counts[SAID_HASHES]] = fleet.entries[entry].hash
         _tell(fleet, REMOVED, engine, NOBODY, 1)
     _leave(fleet, entry)

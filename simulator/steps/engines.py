@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from simulator.steps.batch import adopt, blocks_wanted, has_room, interrupt, next_step, place, settle, withdraw
 from simulator.steps.blocks import forget, place_entry
+from simulator.steps.calendar import unschedule
 from simulator.steps.queues import enter
 from simulator.steps.records import (
     DECODING,
@@ -15,6 +16,7 @@ from simulator.steps.records import (
     ENTRIES_FREE,
     FREE,
     HEAP,
+    IDLE_W,
     NOBODY,
     NOW,
     PREFILLED,
@@ -24,9 +26,7 @@ from simulator.steps.records import (
     WAITING,
     Fleet,
 )
-from simulator.steps.calendar import unschedule
 from simulator.steps.times import step_j, step_s, steps_to
-from simulator.steps.records import IDLE_W
 
 RUNNING, WAITS, WAITING_TOKENS, KV_TOKENS, BLOCKS_USED, LATEST_STEP_S, DECODE_STEP_S, POWER_W, LOADS = range(9)
 """Columns of `loads`. DECODE_STEP_S: of one decode step of the present batch, as it truly is."""

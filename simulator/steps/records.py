@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 NOBODY = -1
 NEVER = 2**62
+OWN_HASHES = 2**63
+"""Hashes from here on are of blocks that nobody else can have, such as those of an answer: nobody is told of them."""
 
 CHUNKED, PROMPTS_FIRST, WHOLE_PROMPTS = range(3)
 """How a step is made up. CHUNKED: all decodes, then prompts in chunks, within a token budget (Sarathi-Serve, OSDI'24; our engines).

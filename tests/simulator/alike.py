@@ -48,7 +48,9 @@ PERFORMANCE = PerformanceModel(
 def tokens_of(asked: Asked, number: int) -> tuple[int, ...]:
     """The first half is the family's, the rest its own."""
     shared = asked.prompt // 2
-    return tuple((7 * asked.family + i) % 997 for i in range(shared)) + tuple((13 * number + i) % 983 for i in range(asked.prompt - shared))
+    return tuple((7 * asked.family + i) % 997 for i in range(shared)) + tuple(
+        (13 * number + i) % 983 for i in range(asked.prompt - shared)
+    )
 
 
 def emulated(requests: Sequence[Asked], shape: Shape, performance: PerformanceModel = PERFORMANCE) -> list[Times]:
