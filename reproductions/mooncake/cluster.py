@@ -12,7 +12,7 @@ from cluster.record import TraceRow
 from cluster.step_table import StepTable
 from reproductions.mooncake.decodes import Admission, DecodePool
 from reproductions.mooncake.flight import Flight
-from reproductions.mooncake.machines import CACHE_TOKENS, LAYERS, LINK_BYTES_PER_S, TOKEN_BYTES
+from reproductions.mooncake.machines import BLOCK_TOKENS, CACHE_TOKENS, LAYERS, LINK_BYTES_PER_S, TOKEN_BYTES
 from reproductions.mooncake.prompts import Choice, PromptPool, Sharing
 from reproductions.mooncake.served import Served, worst_gaps_s
 from simulator.engines import Engines, Said
@@ -91,19 +91,15 @@ class Cluster:
             self._reject(flight)
             return
         flight.target.coming[flight] = None
-        row = self._engines.request(
-            arrival_s=now_s, prompt=flight.prompt, output=1, hashes=flight.hashes, task=PREFILL_ONLY
-        )
+        row = self._engines.request(arrival_s=now_s, prompt=flight.prompt, output=1, hashes=flight.hashes, task=PREFILL_ONLY)
         self._prompts[row] = flight
         choice.node.promise(row, choice.computing_s, now_s)
         if choice.source is None:
             self._engines.submit(row, choice.node.engine, now_s, now_s)
             return
         missing = choice.prefix - choice.node.prefix(flight.hashes)
-        size = missing * self._block_bytes
+        size = missing * BLOCK_TOKENS * TOKEN_BYTES
         self._links.send(choice.source.name, choice.node.name, size, partial(self._fetched, row, choice))
-
-    _block_bytes = 512 * TOKEN_BYTES
 
     def _refused(self, flight: Flight, ttft_s: float) -> bool:
         design, now_s = self._design, self._timeline.now_s

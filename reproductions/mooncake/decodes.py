@@ -64,8 +64,9 @@ class DecodePool:
             for number in range(nodes)
         )
         self._rows = np.array([node.engine for node in self.nodes], np.int32)
-        self._mean_s, self._mean_square_s2, self._answer_tokens = 0.0, 0.0, 0.0
-        """Of those that have ended: from a prompt's end to the last token."""
+        self._decoding_s = math.inf
+        """Mean time from a prompt's end to the last token; endless before the first has ended."""
+        self._answer_tokens = 0.0
 
     def _kv_tokens(self, now_s: float) -> list[float]:
         kept = self._engines.loads(self._rows, now_s)[:, KV_TOKENS].tolist()
@@ -95,7 +96,7 @@ class DecodePool:
         """Mean of all nodes at a time to come: everybody decodes for the same time from his prompt's end on."""
         beginnings = [(flight, since_s) for node in self.nodes for flight, since_s in node.joined.items()]
         beginnings += [(flight, flight.prompt_ends_s) for node in self.nodes for flight in node.coming]
-        there = [flight.prompt for flight, since_s in beginnings if since_s <= at_s < since_s + self.decoding_s]
+        there = [flight.prompt for flight, since_s in beginnings if since_s <= at_s < since_s + self._decoding_s]
         tokens = sum(there) + self._answer_tokens / 2 * len(there)
         return self.load(len(there) / len(self.nodes), tokens / len(self.nodes))
 
@@ -104,21 +105,13 @@ class DecodePool:
         kept = self._kv_tokens(now_s)
         return sum(self.load(len(node.joined), tokens) for node, tokens in zip(self.nodes, kept, strict=True)) / len(self.nodes)
 
-    @property
-    def decoding_s(self) -> float:
-        """How long everybody is taken to decode: the mean of those who are seen decoding at a moment, among whom long ones are
-        more frequent (E[X^2] / E[X]). Endless before the first has ended."""
-        import os
-        if os.environ.get("TD")=="mean": return self._mean_s or math.inf
-        return self._mean_square_s2 / self._mean_s if self._mean_s else math.inf
-
     def ended(self, flight: Flight, now_s: float) -> None:
         """It has had its last token."""
         lasted_s = now_s - flight.target.joined.pop(flight)
-        weight = NEWEST if self._mean_s else 1.0
-        self._mean_s += weight * (lasted_s - self._mean_s)
-        self._mean_square_s2 += weight * (lasted_s**2 - self._mean_square_s2)
-        self._answer_tokens += weight * (flight.output - self._answer_tokens)
+        if math.isinf(self._decoding_s):
+            self._decoding_s, self._answer_tokens = lasted_s, flight.output
+        self._decoding_s += NEWEST * (lasted_s - self._decoding_s)
+        self._answer_tokens += NEWEST * (flight.output - self._answer_tokens)
 
     def reserve(self, flight: Flight, now_s: float) -> bool:
         return self._engines.reserve(flight.row, flight.target.engine, now_s)
