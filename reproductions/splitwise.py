@@ -3,7 +3,9 @@
 Claim: against clusters whose machines do both, splitting gives 2.15x the throughput at the same power (AA against Baseline-A100),
 1.4x at the same cost (AA against Baseline-H100), and 2.35x at best at the same cost and power (abstract).
 
-Mechanism: `splitwise_scheduler` and `splitwise_cluster`. Throughput is the highest Poisson rate at which nine slowdowns hold: TTFT 2, 3 and 6, TBT and E2E 1.25, 1.5 and 5 at the 50th, 90th and 99th percentile, against a DGX-A100 that has one request.
+Mechanism: `splitwise_scheduler` and `splitwise_cluster`. Throughput is the highest Poisson rate at which nine slowdowns hold:
+TTFT 2, 3 and 6, TBT and E2E 1.25, 1.5 and 5 at the 50th, 90th and 99th percentile, against a DGX-A100 that has one request.
+
 Setting: BLOOM-176B, prompt and output lengths drawn independently from Azure's conversations of 2023, clusters of
 `derived/splitwise_cluster_sizes.csv`. Rates of its simulator on 1-minute traces are in
 `derived/splitwise_sim_reference_slo_sweep_1min.csv`: they are held against ours, and are an input to nothing.
@@ -40,8 +42,10 @@ QUANTILES = (0.5, 0.9, 0.99)
 BOUNDS = np.array(((2.0, 3.0, 6.0), (1.25, 1.5, 5.0), (1.25, 1.5, 5.0)))
 """Of TTFT, TBT and E2E, by quantile: all below."""
 MINUTE_GRID = tuple(range(20, 221, 20))
-GRID = tuple(range(10, 261, 10))
-TRACES = 5  # One minute of 100 requests/s has 1.3 % more or fewer of them by chance, and slowdowns turn on less near saturation.
+STEP = 10
+GRID = tuple(range(STEP, 261, STEP))
+MINUTE_S, SHORT_S, LONG_S = 60.0, 120.0, 600.0
+TRACES = 5  # A minute of 100 requests/s has 1.3 % more or fewer of them by chance: enough to turn a verdict at the edge.
 
 
 class Design(NamedTuple):
@@ -71,22 +75,24 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 def minute_rates(bench: Bench) -> Iterator[Row]:
     """Each design's highest rate in steps of 20 requests/s, which its simulator brackets between a pass and a failure."""
-    published = published_curves(bench.settings.data_dir)
-    for design in designs(bench.settings.data_dir, "iso-power"):
+    curves = published_curves(bench.settings.data_dir)
+    for design in designs(bench.settings.data_dir, "iso-power")[slice(1, 2) if bench.settings.quick else slice(None)]:
         low, failing = bracket(bench.settings.data_dir, design.name)
-        passing = functools.partial(bench.passes_mostly, design, published)
+        ours = highest_passing(lambda rate, design=design: bench.kept(design, curves, rate) == len(bench.traces), MINUTE_GRID)
+        beyond = bench.kept(design, curves, ours + MINUTE_GRID[0])
         yield Row(
             system=SYSTEM,
             claim=f"{design.name}'s highest rate in its simulator",
-            setting=f"iso-power, {design.machines} machines, published curve, 1-minute traces in steps of 20",
+            setting=f"iso-power, {design.machines}, published curve, each of {len(bench.traces)} 1-minute traces, steps of 20",
             published=f"{low:.0f}, and {failing:.0f} fails" if math.isfinite(failing) else f"at least {low:.0f}",
-            ours=highest_passing(passing, MINUTE_GRID),
+            ours=ours,
             unit="rps",
             label="predicted",
             depends_on_prefill=True,
             low=low,
-            high=failing - 1e-9 if math.isfinite(failing) else math.inf,
-            tolerance="its bracket",
+            high=math.nextafter(failing, 0.0) if math.isfinite(failing) else math.inf,
+            tolerance="its bracket, of one trace",
+            why=f"{beyond} of {len(bench.traces)} traces hold at {ours + MINUTE_GRID[0]:.0f}",
         )
 
 
@@ -96,10 +102,10 @@ def agreement(bench: Bench) -> Row:
     known = {design.name: design for design in designs(bench.settings.data_dir, "iso-power")}
     runs = [run for run in reference_runs(bench.settings.data_dir) if run["status"] == "ok" and run["slo_ok"] == "True"]
     differences = []
-    for run in runs[:: 3 if bench.settings.quick else 1]:
+    for run in runs[:: 4 if bench.settings.quick else 1]:
         theirs = np.array([float(run[f"{name}_p{quantile}"]) for name in ("ttft", "tbt", "e2e") for quantile in (50, 90, 99)])
-        rate = float(run["completed"]) / 60.0
-        ours = np.mean([bench.slowdowns(known[run["design"]], published, rate, 60.0, trace) for trace in bench.traces], axis=0)
+        rate = float(run["completed"]) / MINUTE_S
+        ours = np.mean([bench.slowdowns(known[run["design"]], published, rate, MINUTE_S, trace) for trace in bench.traces], axis=0)
         differences.append(np.abs(ours.ravel() / theirs - 1.0))
     return Row(
         system=SYSTEM,
@@ -148,29 +154,29 @@ RATIOS = (
 )
 """Baseline-H100 is 40 machines whatever is held equal: power and cost are counted in them."""
 BEST = 2.35
-SPLITS = ((40, 30), (45, 25), (50, 20), (55, 15))
-"""Prompt and token machines of 70: as the paper's sweep, in steps of five (`splitwise_aa_isopower.yaml`)."""
+BEST_CLAIM = "2.35x at the same cost and power (abstract)"
+SPLITS = tuple((prompts, 70 - prompts) for prompts in range(20, 56, 5))
+"""Prompt and token machines, of the sweep in `splitwise_aa_isopower.yaml` (steps of five): those with 15 at least of each."""
 
 
 def claims(bench: Bench) -> Iterator[Row]:
-    data_dir = bench.settings.data_dir
-    for told, curves in (("published", published_curves(data_dir)), ("corrected", corrected_curves())):
-        for ratio in RATIOS[: 1 if bench.settings.quick else None]:
-            design, baseline = designs(data_dir, ratio.goal), designs(data_dir, ratio.baseline_goal)
-            yield compared(
-                bench, told, curves, ratio.claim, ratio.published, [_of(design, ratio.design)], _of(baseline, ratio.baseline)
-            )
-        if not bench.settings.quick:
+    data_dir, quick = bench.settings.data_dir, bench.settings.quick
+    found = {goal: {design.name: design for design in designs(data_dir, goal)} for goal in ("iso-power", "iso-cost")}
+    for told, curves in (("published", published_curves(data_dir)), ("corrected", corrected_curves()))[: 1 if quick else None]:
+        for ratio in RATIOS[: 1 if quick else None]:
+            tried, baseline = [found[ratio.goal][ratio.design]], found[ratio.baseline_goal][ratio.baseline]
+            yield compared(bench, told, curves, ratio.claim, ratio.published, tried, baseline)
+        if not quick:
             splits = [Design("Splitwise-AA", "A100", prompts, "A100", tokens) for prompts, tokens in SPLITS]
-            baseline = _of(designs(data_dir, "iso-power"), "Baseline-A100")
-            yield compared(bench, told, curves, "2.35x at the same cost and power (abstract)", BEST, splits, baseline)
+            yield compared(bench, told, curves, BEST_CLAIM, BEST, splits, found["iso-power"]["Baseline-A100"])
 
 
 def compared(bench: Bench, told: str, curves: Curves, claim: str, published: float, tried: list[Design], baseline: Design) -> Row:
     """The best of the tried against the baseline."""
-    lasting = "2-minute traces" if bench.settings.quick else "10-minute traces"
-    shapes = " or ".join(design.machines for design in tried)
-    ours, base = max(bench.highest(design, curves) for design in tried), bench.highest(baseline, curves)
+    lasting = "1-minute trace" if bench.settings.quick else "10-minute trace"
+    shapes = tried[0].machines if len(tried) == 1 else f"the best of {tried[0].machines} to {tried[-1].machines}"
+    best = max(tried, key=lambda design: bench.rough(design, curves)) if len(tried) > 1 else tried[0]
+    ours, base = bench.highest(best, curves), bench.highest(baseline, curves)
     return Row(
         system=SYSTEM,
         claim=claim,
@@ -183,7 +189,7 @@ def compared(bench: Bench, told: str, curves: Curves, claim: str, published: flo
         low=published * 0.85,
         high=published * 1.15,
         tolerance="15 %",
-        why=f"{ours:.0f} against {base:.0f} rps" if base else "the baseline holds at no rate",
+        why=f"{ours:.0f} ({best.machines}) against {base:.0f} rps" if base else "the baseline holds at no rate",
     )
 
 
@@ -212,10 +218,6 @@ def designs(data_dir: Path, goal: str) -> list[Design]:
     return found
 
 
-def _of(found: list[Design], name: str) -> Design:
-    return next(design for design in found if design.name == name)
-
-
 # ── measuring ──
 
 
@@ -224,19 +226,32 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.traces = range(1 if settings.quick else TRACES)
+        self.traces = range(3 if settings.quick else TRACES)
         self._lengths = lengths_of(str(settings.data_dir / CONVERSATIONS))
         self.slowdowns = functools.cache(self._slowdowns)
 
-    def passes_mostly(self, design: Design, curves: Curves, rate: float) -> bool:
-        """Whether all nine hold on most of the 1-minute traces."""
-        kept = sum(holds(self.slowdowns(design, curves, rate, 60.0, trace)) for trace in self.traces)
-        return 2 * kept > len(self.traces)
+    def kept(self, design: Design, curves: Curves, rate: float) -> int:
+        """On how many of the 1-minute traces all nine hold."""
+        return sum(holds(self.slowdowns(design, curves, rate, MINUTE_S, trace)) for trace in self.traces)
+
+    def rough(self, design: Design, curves: Curves) -> float:
+        """The highest rate in steps of 10 requests/s on two minutes, of which one and a half count; on one minute if quick."""
+        lasting_s = MINUTE_S if self.settings.quick else SHORT_S
+        return highest_passing(lambda rate: holds(self.slowdowns(design, curves, rate, lasting_s, 0)), GRID)
 
     def highest(self, design: Design, curves: Curves) -> float:
-        """In steps of 10 requests/s. Ten minutes of which eight count, as in the paper; two of which one and a half when quick."""
-        lasting_s = 120.0 if self.settings.quick else 600.0
-        return highest_passing(lambda rate: holds(self.slowdowns(design, curves, rate, lasting_s, 0)), GRID)
+        """The same on ten minutes, of which eight count, as in the paper: short runs tell where to look. Rough if quick."""
+        rate = self.rough(design, curves)
+        if self.settings.quick:
+            return rate
+        while rate > 0 and not self.lasts(design, curves, rate):
+            rate -= STEP
+        while self.lasts(design, curves, rate + STEP):
+            rate += STEP
+        return rate
+
+    def lasts(self, design: Design, curves: Curves, rate: float) -> bool:
+        return holds(self.slowdowns(design, curves, rate, LONG_S, 0))
 
     def _slowdowns(self, design: Design, curves: Curves, rate: float, lasting_s: float, trace: int) -> NDArray[np.float64]:
         """[TTFT, TBT and E2E; quantiles]. Of a minute all requests count, of more those that come a tenth from either end."""
@@ -247,7 +262,7 @@ class Bench:
         first, second = (stretched(curves, machine, cost) for machine in (design.machine, design.token_machine or design.machine))
         cluster = Cluster([first] * design.prompts + [second] * design.tokens, design.prompts, design.tokens)
         times = cluster.run(workload.rows(self.settings.seed + trace))
-        margin_s = 0.0 if lasting_s <= 60.0 else lasting_s / 10
+        margin_s = 0.0 if lasting_s <= MINUTE_S else lasting_s / 10
         counted = (times.arrival_s >= margin_s) & (times.arrival_s <= lasting_s - margin_s)
         return np.quantile(slowdown(times, curves, cost)[:, counted], QUANTILES, axis=1).T
 

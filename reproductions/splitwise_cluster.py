@@ -162,6 +162,10 @@ class Cluster:
         arrival_s = np.array([row.arrival_s for row in rows])
         return Times(arrival_s, np.array(self._prompt), np.array(self._output), self._first_s, self._last_s)
 
+    def left(self) -> int:
+        """KV tokens that machines hold, and tasks that are there: 0 once all is done."""
+        return int(self._engines.state.engines["used"].sum()) + sum(self._present)
+
     def _waiting(self, machine: int) -> bool:
         state = self._engines.state.engines[self._machines[machine]]
         return bool(state["waiting"] or state["joining"])

@@ -398,7 +398,7 @@ def _advance(fleet: Fleet, engine: int, steps: int, lasting_s: float) -> None:
 @njit(cache=True)
 def _compute(fleet: Fleet, engine: int, request: int, count: int) -> None:
     """So much of a prompt is computed. With the last of it comes a token."""
-    e, r, now_s = fleet.engines[engine], fleet.requests[request], fleet.clock[NOW]
+    e, r = fleet.engines[engine], fleet.requests[request]
     r.computed += count
     e.waiting_tokens -= count
     e.prompt_tokens += count
