@@ -40,7 +40,7 @@ HEADROOM = 0.85
 """Of an instance's memory, that a request of high priority counts beside its own: what is left to all others keeps the batch near
 the size at which decode steps are hardly longer than alone. The paper sets it from a profile (section 4.4.2)."""
 LAST_STAGE_S = 0.02
-"""Handshake and the last stage's copy, less than one decode step, during which a migrating request stalls (section 6.2: 20-30 ms)."""
+"""Handshake and last stage's copy, less than a decode step, while a migrating request stalls (section 6.2: 20-30 ms)."""
 STARTING_S = 15.0
 """Until a new instance serves; the weights' way from disk, an assumption that holds for all schedulers alike."""
 AHEAD_BLOCKS = 2
@@ -118,6 +118,11 @@ class Fleet:
             self._timeline.run_next()
         for instance in list(self._instances):
             self._stop(instance)
+
+    @property
+    def mean_instances(self) -> float:
+        """Over the whole run, once it is over; those that start count."""
+        return self.instance_s / self._timeline.now_s
 
     # ── instances ──
 

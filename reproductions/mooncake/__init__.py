@@ -1,7 +1,7 @@
 """Mooncake (FAST'25; arXiv 2407.00079): prompts and decodes apart, all nodes' caches as one, and requests refused in time.
 
-Claims: a cache of all nodes finds up to 2.36x what each node's own does and saves up to 48 % of the time that prompts take; of three
-ways to refuse requests the one that looks ahead refuses fewest; 10 + 10 nodes serve 75 % more than 20 nodes of vLLM.
+Claims: a cache of all nodes finds up to 2.36x what each node's own does and saves up to 48 % of the time that prompts take; of
+three ways to refuse requests the one that looks ahead refuses fewest; 10 + 10 nodes serve 75 % more than 20 nodes of vLLM.
 
 Mechanism: `prompts` has algorithm 1 and the caches, `decodes` the loads by which requests are refused, `cluster` the way of a
 request, `mixed` the other side. Setting: nodes of 8 x A800 with a dummy LLaMA3-70B, the conversation trace of the release replayed;
@@ -9,7 +9,7 @@ TTFT at most 30 s, TBT, the mean of a request's worst tenth of gaps, at most 100
 
 What it is not: the tool-and-agent trace and the 23,000 requests of the arXiv paper are not at hand, a node's layers are not
 pipelined over nodes, and KV between a node's main memory and its accelerators costs nothing. Step times are a measured H100 profile
-scaled to A100 for decodes and a roofline for prompts, which knows prompts up to 8192 tokens and is slow beyond (100,000 tokens: 37 s).
+scaled to A100 for decodes and a roofline for prompts, fitted up to 8192 tokens and slow beyond (100,000 tokens take 37 s).
 Sources: FAST'25, sections 4 and 5; arXiv v4, sections 7 and 8.
 """
 
