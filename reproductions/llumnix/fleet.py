@@ -24,7 +24,6 @@ from reproductions.llumnix.instances import (
 from reproductions.llumnix.workload import Asked
 from simulator.engines import Engines
 from simulator.links import Links
-from simulator.steps import engines as compiled
 from simulator.steps.records import DECODING, FINISHED
 from simulator.timeline import Timeline
 
@@ -218,7 +217,7 @@ class Fleet:
 
     def _migrate(self, source: Instance, target: Instance) -> None:
         now_s, requests = self._timeline.now_s, self._engines.state.requests
-        compiled.catch_up(self._engines.state, source.engine, now_s)
+        self._engines.work(source.engine, now_s)  # Whole steps until now are in the books then.
         decoding = [row for row in source.requests if requests["state"][row] == DECODING]
         if not decoding:
             return
@@ -246,11 +245,10 @@ class Fleet:
 
     def _hand_over(self, row: int, source: Instance, target: Instance) -> None:
         now_s, state = self._timeline.now_s, self._engines.state
-        compiled.catch_up(state, source.engine, now_s)
+        self._engines.work(source.engine, now_s)
         if row not in source.requests or state.requests["state"][row] != DECODING:
             return
-        generated = int(compiled.generated(state, row))
-        needed = math.ceil((int(state.requests["prompt"][row]) + generated) / BLOCK_TOKENS) + 1
+        needed = int(state.requests["blocks"][row]) + 1
         if int(state.engines["kv_blocks"][target.engine] - state.engines["used"][target.engine]) < needed:
             return
         self._engines.take_out(row, now_s)

@@ -46,8 +46,8 @@ def test_a_prefix_on_another_node_is_fetched_only_by_a_cache_of_all_nodes() -> N
     # The first node has the prefix and is then busy with a long prompt when the second request comes.
     rows = [row(0.0, shared), row(20.0, (*shared, *range(100, 180))), row(20.1, (*shared, 900))]
     cached = {sharing: sum(each.cached for each in run(rows, sharing=sharing).served) for sharing in ("local", "global")}
-    assert cached["global"] == 2 * 20 * 512
-    assert cached["local"] <= cached["global"]
+    # Of a prompt's last block a token is always computed: it is not kept.
+    assert cached == {"local": 19 * 512, "global": 2 * 19 * 512}
 
 
 def test_fetched_blocks_stay_on_the_node_that_fetched_them() -> None:
