@@ -12,7 +12,7 @@ from scipy.interpolate import interp1d
 from cluster.record import TraceRow
 from reproductions import splitwise
 from reproductions.settings import Settings
-from reproductions.splitwise import BOUNDS, Bench, Design, bracket, designs, holds, slowdown
+from reproductions.splitwise import BOUNDS, Bench, Design, bracket, designs, holds, slowdown, splits, worst
 from reproductions.splitwise_cluster import KV_BYTES, LINK_BYTES_S, Cluster, corrected_curves, published_curves
 from reproductions.splitwise_scheduler import MixedPools, Placement, Shortest
 
@@ -147,12 +147,26 @@ def test_slo_is_all_nine_below_their_bounds() -> None:
         assert not holds(slowdowns)
 
 
+def test_what_breaks_is_the_one_furthest_beyond_its_bound() -> None:
+    slowdowns = BOUNDS * 0.9
+    slowdowns[1, 1] = 1.8
+    assert worst(slowdowns) == "TBT P90 is 1.80"
+
+
 def test_designs_and_brackets_are_those_of_the_data(data_dir: Path) -> None:
     found = {design.name: design for design in designs(data_dir, "iso-power")}
     assert found["Splitwise-HHcap"] == Design("Splitwise-HHcap", "H100", 25, "H100cap", 21)
     assert found["Baseline-A100"] == Design("Baseline-A100", "A100", 70, "", 0)
     assert [bracket(data_dir, name) for name in ("Baseline-A100", "Splitwise-HHcap")] == [(40.0, 60.0), (140.0, 160.0)]
     assert bracket(data_dir, "Splitwise-HA") == (140.0, float("inf"))
+
+
+def test_splits_divide_the_same_machines_and_the_published_one_is_among_them(data_dir: Path) -> None:
+    for goal in ("iso-power", "iso-cost"):
+        [design] = [design for design in designs(data_dir, goal) if design.name == "Splitwise-AA"]
+        found = splits(design)
+        assert design in found
+        assert {other.prompts + other.tokens for other in found} == {design.prompts + design.tokens}
 
 
 @pytest.mark.parametrize(("name", "rate"), [("Baseline-A100", 40.0), ("Baseline-A100", 60.0), ("Baseline-H100", 100.0)])
