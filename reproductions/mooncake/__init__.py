@@ -196,7 +196,7 @@ def _refusal_rows(runs: dict[Admission, list[Cluster]]) -> Iterator[Row]:
     early = (
         "Fewer prompts are computed in vain, but not fewer requests refused: a decode pool that is full serves what it can whoever"
         " is refused, and looking at the door once more refuses some for whom there would have been room. What was refused on"
-        " arrival is of any length, what TTFT refuses is long: by tokens the three are within 2 points of each other. Refusing early"
+        " arrival is of any length, what TTFT refuses is long: by tokens all three are within 2 points. Refusing early"
         " pays where prompts computed in vain keep others out while decodes are full only now and then, as in the published"
         " run, whose trace is not at hand."
     )
@@ -329,9 +329,9 @@ def highest_pace(run: Run, speeds: Sequence[float], tbt_s: float) -> float:
 
 def _capacity_row(claim: str, setting: str, published: float, split: float, mixed: float) -> Row:
     why = (
-        f"Paces that 90 % of requests stand: {split:g} against {mixed:g} times the trace's, on a grid. On the disaggregated side TTFT"
-        " ends it, as the nodes for prompts are full and prompts of 80,000 tokens take 30 s by themselves, at a roofline's pace that"
-        " was fitted to 8192; on the other TBT does, and how often prompts stall decodes follows from the same pace."
+        f"Paces that 90 % of requests stand: {split:g} against {mixed:g} times the trace's, on a grid. On one side TTFT ends"
+        " it, as the nodes for prompts are full and prompts of 80,000 tokens take 30 s by themselves, at a roofline's pace that was"
+        " fitted to 8192; on the other TBT does, and how long prompts stall decodes follows from that pace as well."
     )
     return Row(
         system=SYSTEM,
