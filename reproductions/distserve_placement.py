@@ -159,7 +159,7 @@ def phase_goodput(task: Task, phase: str, each: Parallelism) -> float:
         return _decoded(task, each, rate).attainment(math.inf, task.tpot_s) >= task.share
 
     if phase == "prefill":
-        return highest_rate(keeps_ttft, 4.0)
+        return highest_rate(keeps_ttft, 1.0 / prefill_kind(task, each).table.prefill_s(int(task.lengths[:, 0].mean())))
     return each.stages * highest_rate(keeps_tpot, 4.0)
 
 

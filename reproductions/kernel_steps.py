@@ -54,7 +54,10 @@ def kernel_table(data_dir: Path, model: str, device: str, tensor_parallel: int, 
     attention = roofline(shape, A40 if device == "a40" else accelerator(device), tensor_parallel)
     layer_s = _kernels_s(data_dir, model, device, tensor_parallel) + 2 * _all_reduce_s(data_dir, shape.hidden, tensor_parallel)
     seconds = shape.layers * np.maximum.accumulate(layer_s)
-    beyond: Knots = ((0.0, 0.0), *((float(place), float(value - seconds[0])) for place, value in zip(PLACES[1:], seconds[1:], strict=True)))
+    beyond: Knots = (
+        (0.0, 0.0),
+        *((float(place), float(value - seconds[0])) for place, value in zip(PLACES[1:], seconds[1:], strict=True)),
+    )
     return StepTable(
         step_s=STEP_S + float(seconds[0]),
         prefill=beyond,
