@@ -23,6 +23,11 @@ def highest_rate(keeps: Callable[[float], bool], guess: float, precision: float 
     return low
 
 
+def quotient(rate: float, other: float) -> float | None:
+    """How many times the other rate; None where that is 0."""
+    return rate / other if other else None
+
+
 def _bracket(keeps: Callable[[float], bool], guess: float) -> tuple[float, float]:
     if keeps(guess):
         for _ in range(WIDENINGS):

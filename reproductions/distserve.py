@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from cluster.models import model_shape
-from reproductions.capacity import highest_rate
+from reproductions.capacity import highest_rate, quotient
 from reproductions.distserve_placement import (
     NVLINK_BYTES_S,
     Placement,
@@ -152,9 +152,12 @@ def _toy(settings: Settings) -> Iterator[Row]:
     found = {name: _toy_goodput(settings, name) for name in TOY}
     differs = "The figure names neither engine nor model; its bounds on latency are quoted at second hand. "
     reasons = {
-        "colocated": "One prompt takes 0.096 s by vLLM's constants and delays every decoding step that it meets; they leave more room than 1.6.",
-        "prefill": "A prompt of 512 tokens takes 0.096 s, so that 5.6 a second keep an engine half busy: the published limit is a tighter one.",
-        "decode": "With 23.5 ms a step the bound of 40 ms is far, until memory is full: the published engine had less room or longer steps.",
+        "colocated": "One prompt takes 0.096 s by vLLM's constants and delays every decoding step that it meets; they leave "
+        "more room than 1.6.",
+        "prefill": "A prompt of 512 tokens takes 0.096 s, so that 5.6 a second keep an engine half busy: the published limit "
+        "is a tighter one.",
+        "decode": "With 23.5 ms a step the bound of 40 ms is far, until memory is full: the published engine had less room "
+        "or longer steps.",
         "2P1D": "Follows from the two phases.",
     }
     for name, (published, where) in TOY.items():
@@ -172,7 +175,7 @@ def _toy(settings: Settings) -> Iterator[Row]:
         claim="goodput per GPU of 2P1D against colocated (figure 1)",
         setting="OPT-13B by vLLM's constants, 512 + 64 tokens, TTFT 0.4 s, TPOT 0.04 s, 90 %",
         published="2.1x",
-        ours=found["2P1D"] / found["colocated"],
+        ours=quotient(found["2P1D"], found["colocated"]),
         unit="x",
         about=(2.1, 2.1),
         why=differs + "The quotient of two rows above.",
@@ -219,11 +222,11 @@ def _application(settings: Settings, of: Application) -> Iterator[Row]:
         claim=f"goodput per GPU of {of.name} {of.model.upper()} against vLLM (figures 8 and 9)",
         setting=f"{setting}, 90 %",
         published=_stated(of.gain),
-        ours=placement.per_gpu / vllm if vllm else None,
+        ours=quotient(placement.per_gpu, vllm),
         unit="x",
         about=of.gain,
-        why=f"Algorithm 2 chooses {placement}: {placement.per_gpu:.3g} rps per GPU; vLLM {vllm:.3g}, with the constants of DistServe's "
-        f"engine {same:.3g}. " + WHY_GAIN[of.name],
+        why=f"Algorithm 2 chooses {placement}: {placement.per_gpu:.3g} rps per GPU; vLLM {vllm:.3g}, with the constants of "
+        f"DistServe's engine {same:.3g}. " + WHY_GAIN[of.name],
     )
     yield _row(
         claim=f"how much tighter bounds of {of.name} {of.model.upper()} may be than vLLM's (figures 8 and 9)",
@@ -239,18 +242,20 @@ def _application(settings: Settings, of: Application) -> Iterator[Row]:
 
 
 WHY_GAIN = {
-    "chatbot": "Answers of our rows are twice as long as the stated mean, which is work that disaggregation does not make less; prompts "
-    "spread up to the whole context: where vLLM carries nothing, over a tenth of them break the bound on TTFT in an idle system.",
-    "code": "By vLLM's constants a prompt that waits for a decoding step of 0.04 s breaks 0.125 s from 195 tokens on, and a third of our drawn "
-    "prompts are longer: it must stay nearly idle. How HumanEval's lengths truly spread is not known here, and decides this row.",
-    "summarisation": "vLLM's goodput rests on how many prompts of 1,738 tokens, 0.55 s each, fall into one answer of 91 tokens; the true "
-    "spread of lengths is not known.",
+    "chatbot": "Answers of our rows are twice as long as the stated mean, which is work that disaggregation does not make "
+    "less; prompts spread up to the whole context: where vLLM carries nothing, over a tenth of them break the bound on TTFT in "
+    "an idle system.",
+    "code": "By vLLM's constants a prompt that waits for a decoding step of 0.04 s breaks 0.125 s from 195 tokens on, and a "
+    "third of our drawn prompts are longer: it must stay nearly idle. How HumanEval's lengths truly spread is not known here, "
+    "and decides this row.",
+    "summarisation": "vLLM's goodput rests on how many prompts of 1,738 tokens, 0.55 s each, fall into one answer of 91 "
+    "tokens; the true spread of lengths is not known.",
 }
 WHY_TIGHTER = {
     "chatbot": "At the published rate; with our longer answers it is nearer to what either system carries.",
     "code": "At that rate an idle system's prompt already takes most of the bound, in either engine.",
-    "summarisation": "Scaling both bounds alike, TPOT decides for vLLM and TTFT never does; how far it goes beyond depends on how many "
-    "prompts meet an answer, and so on lengths that are drawn here.",
+    "summarisation": "Scaling both bounds alike, TPOT decides for vLLM and TTFT never does; how far it goes beyond depends "
+    "on how many prompts meet an answer, and so on lengths that are drawn here.",
 }
 
 
@@ -261,10 +266,11 @@ def _chatbot(settings: Settings, task: Task, of: Application, low: Placement, hi
         claim=f"goodput per GPU of algorithm 1's placement against algorithm 2's, {of.model.upper()} (figure 11)",
         setting=f"{of.data} lengths, TTFT {of.ttft_s:g} s, TPOT {of.tpot_s:g} s, 32 GPUs, both phases simulated together, 90 %",
         published=">= 1x",
-        ours=joint / low.per_gpu,
+        ours=quotient(joint, low.per_gpu),
         unit="x",
         low=0.97,
-        why=f"Algorithm 1 chooses {high}, for {high.per_gpu:.3g} rps per GPU; 90 % in each phase are fewer in both, which leaves {joint:.3g}.",
+        why=f"Algorithm 1 chooses {high}, for {high.per_gpu:.3g} rps per GPU; 90 % in each phase are fewer in both, which "
+        f"leaves {joint:.3g}.",
         tolerance="the precision of the search, 3 %",
     )
     strict = msgspec.structs.replace(task, share=0.99)
@@ -273,7 +279,7 @@ def _chatbot(settings: Settings, task: Task, of: Application, low: Placement, hi
         claim=f"goodput per GPU of chatbot {of.model.upper()} at 99 % attainment against vLLM (appendix)",
         setting=f"{setting}, 99 %, the placement for 90 %",
         published="3-8x",
-        ours=joint_goodput(strict, low, low.goodput) / low.gpus / vllm if vllm else None,
+        ours=quotient(joint_goodput(strict, low, low.goodput) / low.gpus, vllm),
         unit="x",
         about=(3.0, 8.0),
         why="The longest prompts of our rows decide at 99 %: where nothing is found, they break the bound on TTFT in an idle vLLM.",
@@ -283,11 +289,11 @@ def _chatbot(settings: Settings, task: Task, of: Application, low: Placement, hi
         claim=f"goodput per GPU of chatbot {of.model.upper()} against DeepSpeed-MII (figure 8)",
         setting=f"{setting.split(';')[0]}; chunks of 512 tokens, vLLM's constants, 90 %",
         published="1.6-7.4x",
-        ours=low.per_gpu / chunked if chunked else None,
+        ours=quotient(low.per_gpu, chunked),
         unit="x",
         about=(1.6, 7.4),
-        why="MII's step times are in no profile: vLLM's stand in, and its chunks are taken as 512 tokens. Where nothing is found, the "
-        "prompts of a tenth of our rows take longer than the bound on TTFT in an idle engine.",
+        why="MII's step times are in no profile: vLLM's stand in, and its chunks are taken as 512 tokens. Where nothing is "
+        "found, the prompts of a tenth of our rows take longer than the bound on TTFT in an idle engine.",
     )
 
 

@@ -8,6 +8,7 @@ it was computed when it is done, so the memory of prefill engines bounds nothing
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -196,10 +197,10 @@ class Colocated(EngineFleet):
 class Disaggregated(EngineFleet):
     """Prompts on some engines, decoding on others.
 
-    prefill_stages: engines in a row that a prompt goes through one after the other, each with its share of the layers (inter-operator
-    parallelism); `prefill.table` is that of one stage. Batches in later stages are made of those that come out of the one before.
-    transfer_s: seconds for a job's KV to get to where it is decoded, from the tokens of its prompt. decoding False: jobs are done
-    with their first token.
+    prefill_stages: engines in a row that a prompt goes through one after the other, each with its share of the layers
+    (inter-operator parallelism); `prefill.table` is that of one stage. Batches in later stages are made of those that come out
+    of the one before. transfer_s: seconds for a job's KV to get to where it is decoded, from the tokens of its prompt.
+    decoding False: jobs are done with their first token.
     """
 
     def __init__(
@@ -216,7 +217,7 @@ class Disaggregated(EngineFleet):
     ) -> None:
         super().__init__(jobs)
         self.lines = [self.add(prefill, prefill_stages) for _ in range(prefills)]
-        self.following = {one: other for line in self.lines for one, other in zip(line, line[1:], strict=False)}
+        self.following = {one: other for line in self.lines for one, other in itertools.pairwise(line)}
         self.decodes = self.add(decode, decodes)
         self.transfer_s, self.decoding = transfer_s, decoding
         self.line_of: dict[int, int] = {}

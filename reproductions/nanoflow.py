@@ -62,8 +62,8 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 
 WHY = (
-    "280 TFLOPS over twice the 69.0 billion parameters are 2,030; 1,857 is exactly 260 TFLOPS over twice 70 billion, so the figures "
-    "noted of the paper do not belong together."
+    "280 TFLOPS over twice the 69.0 billion parameters are 2,030; 1,857 is exactly 260 TFLOPS over twice 70 billion, so the "
+    "figures noted of the paper do not belong together."
 )
 
 
@@ -85,7 +85,7 @@ def _bound(where: str, published: str, ours: float, bounds: tuple[float, float],
 
 
 def _memory_over_compute(row: dict[str, str]) -> str:
-    """T_mem / T_comp where memory is full of weights and of sequences of 1,024 tokens, half of them prompt, as of `DEVICES` GPUs."""
+    """T_mem / T_comp of `DEVICES` GPUs, their memory full of weights and of sequences of 512 + 512 tokens."""
     if not row["mem_bw_gb_s"]:
         return "Its memory's bandwidth is not known, so it is open whether compute bounds it."
     shape = model_shape(MODEL)

@@ -19,7 +19,7 @@ def inter_operator_s(rate: float, alone_s: float) -> float:
 
 
 def intra_operator_s(rate: float, alone_s: float, speedup: float) -> float:
-    """Equation 3, one prompt `speedup` K times as fast on two devices: D / K + R D^2 / (2 K (K - R D)). Raises ValueError at R D >= K."""
+    """Equation 3, a prompt `speedup` K times as fast: D / K + R D^2 / (2 K (K - R D)). Raises ValueError at R D >= K."""
     load = _check(rate * alone_s, speedup)
     return alone_s / speedup + load * alone_s / (2.0 * speedup * (speedup - load))
 

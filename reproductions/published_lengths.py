@@ -1,4 +1,4 @@
-"""Lengths of prompts and answers in the data sets of the papers: their rows where they are at hand, else drawn to the stated means."""
+"""Lengths in the data sets of the papers: their rows where they are at hand, else drawn to the stated means."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Sarathi-Serve (OSDI'24): capacity under a bound on the time between tokens, by chunks of prompts in a budget of tokens.
 
-Capacity is the highest rate at which the 99th percentile of the time between tokens keeps its bound and the median request waits
-less than 2 s to be begun, with at most 128 sequences at once and 2,048 requests. Against it: whole prompts beside decodes (Orca) and
-whole prompts first (vLLM of that time). Bounds, budgets and gains are those noted of the paper; lengths are the paper's own rows of
-ShareGPT, at most 8,192 tokens.
+Capacity is the highest rate at which the 99th percentile of the time between tokens keeps its bound and the median request
+waits less than 2 s to be begun, with at most 128 sequences at once and 2,048 requests. Against it: whole prompts beside decodes
+(Orca) and whole prompts first (vLLM of that time). Bounds, budgets and gains are those noted of the paper; lengths are the
+paper's own rows of ShareGPT, at most 8,192 tokens.
 
 The paper's profile of attention is not at hand: step times are the roofline's, those of LLaMA2-70B Vidur's kernels with the
 roofline's attention. A pipeline of two stages is two engines in parallel, each with the whole step time: that leaves out the
@@ -21,7 +21,7 @@ from cluster.hardware import Accelerator, accelerator
 from cluster.models import ModelShape, model_shape
 from cluster.performance import roofline
 from cluster.step_table import StepTable, step_table_of
-from reproductions.capacity import highest_rate
+from reproductions.capacity import highest_rate, quotient
 from reproductions.engine_fleets import Colocated, EngineKind
 from reproductions.kernel_steps import A40, kernel_table
 from reproductions.published_lengths import SHAREGPT, Lengths, poisson, sampled
@@ -140,7 +140,7 @@ def _capacities(settings: Settings, of: Deployment) -> Iterator[Row]:
                 claim=f"capacity of {of.name} against {system}, {word} bound (figure 10)",
                 setting=f"P99 between tokens {bound_s:g} s, {tokens} tokens a step, ShareGPT",
                 published=f"up to {most:g}x",
-                ours=ours / theirs if theirs else None,
+                ours=quotient(ours, theirs),
                 unit="x",
                 low=1.0,
                 high=most * 1.1,
@@ -150,8 +150,8 @@ def _capacities(settings: Settings, of: Deployment) -> Iterator[Row]:
 
 
 WHY_ROOFLINE = (
-    "Where their capacity is 0, the bound is below what one step of whole prompts takes. Step times by roofline, which read weights "
-    "faster than that engine did."
+    "Where their capacity is 0, the bound is below what one step of whole prompts takes. Step times by roofline, which read "
+    "weights faster than that engine did."
 )
 WHY_PIPELINED = (
     "Two stages are taken as two engines, without the bubbles of unlike batches that whole prompts suffer from. " + WHY_ROOFLINE
@@ -187,7 +187,7 @@ def _budgets(settings: Settings) -> Iterator[Row]:
             claim=f"under the {word} bound {better} tokens a step carry more than {worse} (figure 12)",
             setting=f"{of.name}, P99 between tokens {bound_s:g} s, ShareGPT",
             published="> 1x",
-            ours=found[better] / found[worse] if found[worse] else None,
+            ours=quotient(found[better], found[worse]),
             unit="x",
             low=1.0,
             high=np.inf,

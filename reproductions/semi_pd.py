@@ -21,7 +21,7 @@ import numpy as np
 from cluster.hardware import accelerator
 from cluster.measured import table_for
 from cluster.models import model_shape
-from reproductions.capacity import highest_rate
+from reproductions.capacity import highest_rate, quotient
 from reproductions.engine_fleets import Colocated, Disaggregated, EngineKind, Job, Served
 from reproductions.published_lengths import ARXIV_4K, SHAREGPT, poisson, sampled
 from reproductions.row import Row
@@ -130,14 +130,15 @@ def _load(settings: Settings, load: Load, saturating: float) -> Iterator[Row]:
     apart = _rate(
         settings, load, lambda jobs: Disaggregated(jobs, prompts, 1, kind, 1, transfer_s=lambda tokens: tokens * token_s).run()
     )
-    setting = f"Llama3-8B on A100, {load.name}, TTFT {load.ttft_s:g} s, TPOT {load.tpot_s:g} s, decoding saturates at {saturating:g} of SMs"
+    bounds = f"TTFT {load.ttft_s:g} s, TPOT {load.tpot_s:g} s"
+    setting = f"Llama3-8B on A100, {load.name}, {bounds}, decoding saturates at {saturating:g} of SMs"
     told = ", ".join(f"{100 * share:.0f} %: {rate:.3g}" for share, rate in static.items())
     best = max(colocated, key=lambda name: colocated[name])
     yield _row(
         "rate against the best colocated engine (Llama, abstract)",
         setting,
         "1.55-1.72x",
-        _quotient(dynamic, colocated[best]),
+        quotient(dynamic, colocated[best]),
         (1.55, 1.72),
         f"{dynamic:.3g} rps against " + ", ".join(f"{name} {rate:.3g}" for name, rate in colocated.items()) + ". " + WHY_COLOCATED,
     )
@@ -145,24 +146,25 @@ def _load(settings: Settings, load: Load, saturating: float) -> Iterator[Row]:
         "rate with feedback against the best fixed share (+1.11x)",
         setting,
         "1.11x",
-        _quotient(dynamic, max(static.values())),
+        quotient(dynamic, max(static.values())),
         (1.0, 1.25),
-        f"With feedback {dynamic:.3g} rps; fixed, prompts at {told}. The load's mix does not change here, so that a share that is best is "
-        "best all the time; against half and half feedback is " + f"{dynamic / static[0.5] if static[0.5] else float('nan'):.2f}x.",
+        f"With feedback {dynamic:.3g} rps; fixed, prompts at {told}. The load's mix does not change here, so that a share "
+        "that is best is best all the time.",
     )
     yield _row(
         "rate per GPU against prompts and decoding on two GPUs",
         setting,
         "> 1x",
-        _quotient(dynamic, apart / 2),
+        quotient(dynamic, apart / 2),
         (1.0, np.inf),
         f"{dynamic:.3g} rps against {apart / 2:.3g} per GPU. One prefill GPU to one decoding GPU is the only split of two.",
     )
 
 
 WHY_COLOCATED = (
-    "What separate shares avoid is that prompts delay decoding; with these bounds on TPOT, ten times a step alone, that hardly costs a "
-    "simulated engine its bound, while sharing leaves SMs idle when one phase has nothing to do. The published engines also lose time to "
+    "What separate shares avoid is that prompts delay decoding; with these bounds on TPOT, ten times a step alone, that "
+    "hardly costs a simulated engine its bound, while sharing leaves SMs idle when one phase has nothing to do. The published "
+    "engines also lose time to "
     "scheduling on the host and to kernels of mixed batches, which step times here leave out."
 )
 
@@ -191,10 +193,6 @@ def _kind(settings: Settings) -> EngineKind:
         table=table_for(MODEL, DEVICE, 1).stretched(prefill=settings.prefill_cost, decode=1.0),
         kv_tokens=int(room / shape.kv_bytes_per_token()),
     )
-
-
-def _quotient(one: float, other: float) -> float | None:
-    return one / other if other else None
 
 
 def _row(claim: str, setting: str, published: str, ours: float | None, bounds: tuple[float, float], why: str) -> Row:

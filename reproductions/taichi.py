@@ -1,10 +1,10 @@
 """TaiChi (arXiv 2508.01989): where prompts and decoding on the same engines win, and where on engines of their own.
 
-Published for three pairs of bounds on TTFT and TPOT: the share of requests within both, aggregated and disaggregated. The setting is
-known at second hand: Llama-2-70B on 32 A100 in eight engines of TP 4, arXiv summaries at 12 requests per second, simulated with
-Vidur. Ours takes Vidur's kernel profiles and its rows of arXiv summaries, which it cut at 4,096 tokens. The size of chunks and the
-split into prefill and decode engines are not known. Each side is set up once, as an operator would who must choose one: with the
-chunks, or the split, that keep most requests within the bounds of the middle pair.
+Published for three pairs of bounds on TTFT and TPOT: the share of requests within both, aggregated and disaggregated. The
+setting is known at second hand: Llama-2-70B on 32 A100 in eight engines of TP 4, arXiv summaries at 12 requests per second,
+simulated with Vidur. Ours takes Vidur's kernel profiles and its rows of arXiv summaries, which it cut at 4,096 tokens. The size
+of chunks and the split into prefill and decode engines are not known. Each side is set up once, as an operator would who must
+choose one: with the chunks, or the split, that keep most requests within the bounds of the middle pair.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def _row(settings: Settings, point: Point, one: tuple[str, Served], other: tuple
     wins = point.disaggregated > point.aggregated
     return Row(
         system="TaiChi",
-        claim=f"{'disaggregated' if wins else 'aggregated'} keeps more within TTFT {point.ttft_s:g} s and TPOT {1e3 * point.tpot_s:g} ms",
+        claim=f"{'disaggregated' if wins else 'aggregated'} keeps more within TTFT {point.ttft_s:g} s and TPOT "
+        f"{1e3 * point.tpot_s:g} ms",
         setting="Llama-2-70B, 8 engines of 4 A100 by Vidur's kernels, arXiv summaries to 4,096 tokens, 12 rps",
         published=f"{point.disaggregated:g} - {point.aggregated:g} = {point.disaggregated - point.aggregated:+g} points",
         ours=shares[1] - shares[0],
@@ -70,8 +71,8 @@ def _row(settings: Settings, point: Point, one: tuple[str, Served], other: tuple
         low=0.0 if wins else -100.0,
         high=100.0 if wins else 0.0,
         tolerance="which of them wins",
-        why=f"Disaggregated ({other[0]}) {shares[1]:.0f} %, aggregated ({one[0]}) {shares[0]:.0f} %. Chunks and split of the paper are not known, "
-        "and attention is the roofline's.",
+        why=f"Disaggregated ({other[0]}) {shares[1]:.0f} %, aggregated ({one[0]}) {shares[0]:.0f} %. Chunks and split of the "
+        f"paper are not known, and attention is the roofline's.",
     )
 
 
