@@ -119,7 +119,7 @@ DEPLOYMENTS = (
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    for deployment in DEPLOYMENTS:
+    for deployment in DEPLOYMENTS[:2] if settings.quick else DEPLOYMENTS:
         settings.tell(deployment.name)
         yield from _capacities(settings, deployment)
     yield from _budgets(settings)
