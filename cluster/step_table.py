@@ -83,8 +83,8 @@ class StepTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     kv: Knots = ((0.0, 0.0), (1.0, 0.0))
     """(KV tokens summed over decoding sequences, seconds)."""
     mixed_factor: float | None = None
-    """None: a step with prompts and decodes lasts the sum of its parts. Else that many times, >= 1, what its prompts alone
-    would last (Splitwise's simulator: 1.1)."""
+    """None: a step with prompts and decodes lasts the sum of its parts. Else that many times, >= 1, what a step of prompts with
+    as many tokens in all would last (Splitwise's simulator: 1.1)."""
     idle_w: float = 0.0
     prefill_w: float = 0.0
     """During the prompt part of a step."""
@@ -107,11 +107,11 @@ class StepTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """Seconds of one step. `prefill_pairs`: see `causal_pairs`; `kv_tokens`: summed over the decoding sequences."""
         if not prefill_tokens:
             return self.decode_step_s(sequences, kv_tokens)
+        if sequences and self.mixed_factor is not None:
+            return self.mixed_factor * self.step_time_s(prefill_tokens + sequences, prefill_pairs, 0, 0)
         prompts_s = self.step_s + value_at(self.prefill, prefill_tokens) + prefill_pairs * self.prefill_pair_s
         if not sequences:
             return prompts_s
-        if self.mixed_factor is not None:
-            return self.mixed_factor * prompts_s
         return prompts_s + value_at(self.decode, sequences) + value_at(self.kv, kv_tokens)
 
     def prefill_s(self, tokens: int, cached_tokens: int = 0) -> float:

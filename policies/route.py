@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -22,6 +22,28 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     tpot_slo_s: float | None = None
     excluded: frozenset[str] = frozenset()
     """Replicas that have just failed this request."""
+
+
+class Terms(Mapping[str, float]):
+    """Named figures of one candidate, taken from a row of figures only when they are read: most never are."""
+
+    __slots__ = ("_columns", "_row")
+
+    def __init__(self, columns: Mapping[str, int], row: Sequence[float]) -> None:
+        """columns: where in the row each name's figure is."""
+        self._columns, self._row = columns, row
+
+    def __getitem__(self, name: str) -> float:
+        return self._row[self._columns[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,8 +14,10 @@ from cluster.kv import KvLayout
 from cluster.performance import PerformanceModel
 from cluster.replica import Phase, Replica, Role
 from policies import scoring
-from policies.route import Ask, Choice, Rejection, Route
+from policies.route import Ask, Choice, Rejection, Route, Terms
 from policies.routing_view import FleetView, RoutingView
+
+NO_DEPTHS = np.zeros(0)
 
 TERMS: Mapping[str, int] = {
     "queue_s": scoring.QUEUE_S,
@@ -91,15 +93,19 @@ class PredictedLatencyRouter(msgspec.Struct, frozen=True, kw_only=True):
         self.route(ask, fleet.routing_view("", 0.0))
 
     def _score(self, ask: Ask, view: RoutingView) -> list[list[float]]:
-        depths = view.index.match(ask.block_hashes)
+        depths = view.index.match(ask.block_hashes) if ask.block_hashes else ()
         width = (len(view.rows) >> 3) + 1
-        excluded = sum(1 << view.row_of[replica_id] for replica_id in ask.excluded if replica_id in view.row_of)
-        masks = [excluded, *(mask for _, mask in depths)]
-        holders = np.frombuffer(b"".join([mask.to_bytes(width, "little") for mask in masks]), dtype=np.uint8)
+        if depths or ask.excluded:
+            excluded = sum(1 << view.row_of[replica_id] for replica_id in ask.excluded if replica_id in view.row_of)
+            masks = [excluded, *(mask for _, mask in depths)]
+            holders = np.frombuffer(b"".join([mask.to_bytes(width, "little") for mask in masks]), dtype=np.uint8)
+            holders = holders.reshape(len(masks), width)
+        else:
+            holders = np.zeros((1, width), np.uint8)
         picks = scoring.score(
             view.rows,
-            holders.reshape(len(masks), width),
-            np.array([depth for depth, _ in depths], dtype=np.float64),
+            holders,
+            np.array([depth for depth, _ in depths], dtype=np.float64) if depths else NO_DEPTHS,
             xxhash.xxh3_64_intdigest(ask.request_id.encode()) >> 2,
             float(ask.prompt_tokens),
             float(max(ask.expected_output_tokens, 1)),
@@ -176,8 +182,7 @@ def _choice(view: RoutingView, pick: list[float]) -> Choice | None:
 def _chosen(view: RoutingView, pick: list[float]) -> Choice:
     replica = view.replicas[int(pick[scoring.ROW])]
     assert replica is not None, "a free row was picked"
-    terms = {name: pick[column] for name, column in TERMS.items()}
-    return Choice(replica_id=replica.replica_id, terms=terms, score=pick[scoring.SCORE])
+    return Choice(replica_id=replica.replica_id, terms=Terms(TERMS, pick), score=pick[scoring.SCORE])
 
 
 def _largest(view: RoutingView) -> int:

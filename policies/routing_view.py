@@ -17,6 +17,32 @@ from numpy.typing import NDArray
 from cluster.kv import KvCleared, KvEvent, KvLayout, blocks_for
 from cluster.performance import PerformanceModel
 from cluster.replica import Load, Phase, Replica
+from policies.cells import (
+    BLOCK_TOKENS,
+    COLUMNS,
+    CONTEXT_TOKENS,
+    DECODES,
+    HEARD_S,
+    HOST,
+    IDENTITY,
+    KV_BLOCKS,
+    KV_TOKEN_BYTES,
+    KV_TOKEN_S,
+    LAYERS,
+    LAYOUT,
+    MAX_RUNNING,
+    PREFILL_PAIR_S,
+    PREFILL_TOKEN_S,
+    PREFILLS,
+    RANK,
+    READY,
+    READY_SINCE_S,
+    SEQUENCE_S,
+    STEP_BUDGET,
+    STEP_S,
+    add_load,
+    set_load,
+)
 from policies.prefix_index import PrefixIndex
 from policies.route import Ask, Route
 
@@ -24,41 +50,6 @@ TRANSIT_S = 0.02  # A report made this soon after a charge may not know of it: t
 
 UNPACED = PerformanceModel(step_s=2e-3, prefill_token_s=1e-4, sequence_s=2e-4, kv_token_s=1e-7)
 """Stands for a replica that states no times, so that loads still compare: about a model of 5M parameters on one CPU core."""
-
-(
-    READY,
-    PREFILLS,
-    DECODES,
-    HEARD_S,
-    READY_SINCE_S,
-    RANK,
-    IDENTITY,
-    HOST,
-    CONTEXT_TOKENS,
-    MAX_RUNNING,
-    STEP_BUDGET,
-    KV_BLOCKS,
-    BLOCK_TOKENS,
-    LAYERS,
-    KV_TOKEN_BYTES,
-    LAYOUT,
-    STEP_S,
-    PREFILL_TOKEN_S,
-    PREFILL_PAIR_S,
-    SEQUENCE_S,
-    KV_TOKEN_S,
-    SEQUENCES,
-    WAITING_TOKENS,
-    KV_TOKENS,
-    BLOCKS_USED,
-    COLUMNS,
-) = range(26)
-"""Columns of `RoutingView.rows`. From SEQUENCES on they move with load; the rest are facts of the membership table.
-
-READY, PREFILLS (for others) and DECODES are 0 or 1. RANK orders replicas by id. HOST and LAYOUT are equal where hosts and
-layouts are; LAYOUT 0 is none, HOST 0 shares memory with nobody. SEQUENCES: requests running or waiting. KV_TOKENS: context of
-those, when their prompts will be done. HEARD_S is -inf for a suspect.
-"""
 
 
 class RoutingView(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,15 +110,19 @@ class FleetView:
         phase_changed = load.phase is not (member.load.phase if member.load else member.replica.phase)
         member.load = load
         member.heard_s = now_s
-        member.fresh = {share: True for share in member.fresh if share.sent_s + self._transit_s > load.at_s}
-        cells = member.model.rows[member.row]
-        cells[HEARD_S] = now_s
-        cells[SEQUENCES] = load.running + load.waiting
-        cells[WAITING_TOKENS] = load.waiting_tokens
-        cells[KV_TOKENS] = load.kv_tokens + load.waiting_tokens
-        cells[BLOCKS_USED] = load.kv_blocks_used
+        if member.fresh:
+            member.fresh = {share: True for share in member.fresh if share.sent_s + self._transit_s > load.at_s}
+        set_load(
+            member.model.rows,
+            member.row,
+            now_s,
+            load.running + load.waiting,
+            load.waiting_tokens,
+            load.kv_tokens + load.waiting_tokens,
+            load.kv_blocks_used,
+        )
         for share in member.fresh:
-            cells[SEQUENCES:COLUMNS] += share.amounts
+            add_load(member.model.rows, member.row, *share.amounts)
         if phase_changed:
             member.model.set_ready(member)
             member.model.find_oldest()
@@ -157,11 +152,11 @@ class FleetView:
             return
         self.settle(ask.request_id, attempt, now_s)
         size, context, uncached = decode.replica.block_tokens, ask.prompt_tokens, route.uncached_tokens
-        whole = _amounts(1, 0, context, blocks_for(context + ask.expected_output_tokens, size))
+        whole = (1.0, 0.0, float(context), float(blocks_for(context + ask.expected_output_tokens, size)))
         if prefill is None:
-            prompt = _Share(decode, now_s, _amounts(0, uncached, 0, 0))
+            prompt = _Share(decode, now_s, (0.0, float(uncached), 0.0, 0.0))
         else:
-            prompt = _Share(prefill, now_s, _amounts(1, uncached, uncached, blocks_for(context, size)))
+            prompt = _Share(prefill, now_s, (1.0, float(uncached), float(uncached), float(blocks_for(context, size))))
         charge = _Charge(decode=_Share(decode, now_s, whole), prefill=prompt)
         charge.decode.add()
         prompt.add()
@@ -239,19 +234,19 @@ class _Share(msgspec.Struct, eq=False):
 
     member: _Member
     sent_s: float
-    amounts: NDArray[np.float64]
-    """Added to the columns from SEQUENCES on."""
+    amounts: tuple[float, float, float, float]
+    """Sequences, waiting tokens, KV tokens and blocks."""
 
     def add(self) -> None:
         self.member.fresh[self] = True
-        self.member.model.rows[self.member.row, SEQUENCES:COLUMNS] += self.amounts
+        add_load(self.member.model.rows, self.member.row, *self.amounts)
 
     def undo(self, *, reported: bool) -> None:
         """Take it off, also where a report already counted it if `reported`."""
         fresh = self.member.fresh.pop(self, False)
         if fresh or reported:
-            cells = self.member.model.rows[self.member.row, SEQUENCES:COLUMNS]
-            np.maximum(cells - self.amounts, 0.0, out=cells)
+            sequences, waiting_tokens, kv_tokens, blocks = self.amounts
+            add_load(self.member.model.rows, self.member.row, -sequences, -waiting_tokens, -kv_tokens, -blocks)
 
 
 class _Charge(msgspec.Struct, eq=False, kw_only=True):
@@ -259,10 +254,6 @@ class _Charge(msgspec.Struct, eq=False, kw_only=True):
 
     decode: _Share
     prefill: _Share | None = None
-
-
-def _amounts(sequences: float, waiting_tokens: float, kv_tokens: float, blocks: float) -> NDArray[np.float64]:
-    return np.array((sequences, waiting_tokens, kv_tokens, blocks))
 
 
 class _Model:

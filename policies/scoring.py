@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from policies.routing_view import (
+from policies.cells import (
     BLOCK_TOKENS,
     BLOCKS_USED,
     CONTEXT_TOKENS,

@@ -1,1 +1,1 @@
-"""The same policies in simulated time: a fleet of replicas, gateways and machines that obey performance models instead of hardware."""
+"""The same policies in simulated time: replicas, gateways and machines that obey performance models instead of hardware."""

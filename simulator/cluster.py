@@ -1,4 +1,4 @@
-"""The simulated cluster as a controller sees it: `observe` gives the snapshot that live telemetry would, `apply` takes the same actions.
+"""The simulated cluster as a controller sees it: `observe` gives the snapshot that live telemetry would, `apply` takes actions.
 
 Snapshots are assembled by the live code from what has been heard by then: load reports that were on their way for a while, counters
 that are older, replicas that are dead and not missed yet.

@@ -33,7 +33,7 @@ class Control:
         self._pipeline, self._cluster = pipeline, cluster
 
     def once(self) -> tuple[ClusterSnapshot, Decision]:
-        """One pass. A policy that raises makes it do nothing, as it does live; here it ends the simulation, which is for proving it."""
+        """One pass. A policy that raises makes a live one do nothing; here it ends the simulation, which is for proving it."""
         snapshot = self._cluster.observe(self.memory)
         decision = self._pipeline.decide(snapshot)
         if decision.failed:

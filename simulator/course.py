@@ -33,7 +33,7 @@ class CourseKeeper:
     def note(
         self, totals: Mapping[str, float], levels: Mapping[str, float], replicas: Mapping[str, int], sketches: NDArray[np.int64]
     ) -> None:
-        """totals: SUMS, as counted since the start. levels: MEANS, as they are now. sketches: TTFT and TPOT, likewise since the start."""
+        """totals: SUMS, as counted since the start. levels: MEANS, as they are now. sketches: TTFT and TPOT, since the start."""
         fresh = self._pending == 0
         if fresh:
             self._open()

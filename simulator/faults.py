@@ -42,7 +42,7 @@ def read_spot_trace(path: Path) -> tuple[float, Sequence[int]]:
             f"{path}: is no spot trace, {{'metadata': {{'gap_seconds'}}, 'data': [count, ...]}}: {error!r}"
         ) from error
     if gap_s <= 0 or not counts or min(counts) < 0:
-        raise InvalidConfig(f"{path}: gap_seconds {gap_s} and counts from {min(counts, default=0)}: expected > 0, and counts >= 0")
+        raise InvalidConfig(f"{path}: gap_seconds {gap_s} and counts from {min(counts, default=0)}; expected > 0 and >= 0")
     return gap_s, counts
 
 

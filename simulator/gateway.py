@@ -51,7 +51,7 @@ class SimulatedGateway:
         self.view = FleetView()
         self.counters = {model: Counters(name, model) for model in models}
         self.retries = 0
-        self._lines: dict[str, Line[Flight]] = {
+        self.lines: dict[str, Line[Flight]] = {
             model: Line(max_waiting=spec.max_queue, timeout_s=spec.queue_timeout_s) for model in models
         }
         self._outputs = {model: ExpectedOutput() for model in models}
@@ -61,7 +61,7 @@ class SimulatedGateway:
 
     @property
     def waiting(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return sum(map(len, self.lines.values()))
 
     # ── requests ──
 
@@ -74,10 +74,10 @@ class SimulatedGateway:
             return
         flight.ask = self._ask(flight, model)
         self._offer(flight, model, now_s)
-        counters.queued = len(self._lines[model])
+        counters.queued = len(self.lines[model])
 
     def _offer(self, flight: Flight, model: str, now_s: float) -> None:
-        line = self._lines[model]
+        line = self.lines[model]
         route = self._route(flight, now_s)
         if isinstance(route, Rejection) and route.retry_after_s is None:
             self._give_up(flight, model, "longer than any replica holds")
@@ -109,7 +109,7 @@ class SimulatedGateway:
         tpot_s = (now_s - flight.first_s) / (output - 1) if output > 1 else None
         counters = self.counters[model]
         counters.end(flight.trace.prompt_tokens, output, flight.cached, flight.first_s - flight.arrival_s, tpot_s)
-        if len(self._lines[model]):
+        if len(self.lines[model]):
             self.pump(now_s)
 
     def lost(self, flight: Flight, model: str, now_s: float) -> None:
@@ -123,11 +123,11 @@ class SimulatedGateway:
         self.retries += 1
         flight.excluded, flight.queued_s = frozenset((failed,)), now_s
         flight.ask = self._ask(flight, model)
-        self._lines[model].resuming[flight.request_id] = flight
+        self.lines[model].resuming[flight.request_id] = flight
 
     def pump(self, now_s: float) -> None:
         """Send whoever waits and has room now; end who has waited too long."""
-        for model, line in self._lines.items():
+        for model, line in self.lines.items():
             if not len(line):
                 continue
             while (flight := line.first(now_s)) is not None and self._advanced(flight, model, line, now_s):
@@ -200,7 +200,7 @@ class SimulatedGateway:
         for name in sorted(names - self._told.keys()):
             self._told[name] = 0
             self._tell(name, (KvCleared(),))
-        for model, line in self._lines.items():
+        for model, line in self.lines.items():
             if model not in self._ready:
                 for flight in list(line.newcomers.values()):
                     line.leave(flight.request_id, now_s)

@@ -93,8 +93,8 @@ def _check_memory(shape: ModelShape, spec: ReplicaGroup, layout: KvLayout, memor
     if weights + cache > bound:
         most = int((bound - weights) // layout.block_bytes)
         raise InvalidConfig(
-            f"{place}.kv_blocks {spec.kv_blocks}: with the weights they take {(weights + cache) / 1e9:.1f} GB, above {bound / 1e9:.1f} "
-            f"GB, {MEMORY_SHARE:.0%} of its accelerators' memory; at most {most} fit"
+            f"{place}.kv_blocks {spec.kv_blocks}: with the weights they take {(weights + cache) / 1e9:.1f} GB, above "
+            f"{bound / 1e9:.1f} GB, {MEMORY_SHARE:.0%} of its accelerators' memory; at most {most} fit"
         )
 
 

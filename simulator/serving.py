@@ -1,16 +1,19 @@
-"""Carries routes out: a request computed where it is decoded, or its prompt elsewhere and its KV pulled; and what is lost with a replica.
+"""Carries routes out: a request computed where it is decoded, or its prompt elsewhere and its KV pulled; and resumed when lost.
 
-What live workers do between a gateway's choice and its tokens (`workers.decode`, `workers.prefill`), on simulated engines and links.
+What live workers do between a gateway's choice and its tokens (`workers.decode`, `workers.prefill`), on simulated engines and
+links.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 from cluster.replica import Phase
+from policies.line import Line
 from policies.route import Route
 from simulator.engines import Engines
 from simulator.flight import NO_ROW, Flight
@@ -42,6 +45,7 @@ class Serving:
         self._timeline, self.engines, self._world, self._hosts, self._ended = timeline, engines, world, hosts, ended
         self.links = Links(timeline, world.link_bytes_per_s)
         self.gateways: tuple[SimulatedGateway, ...] = ()
+        self._lines: list[Line[Flight]] = []
         self.on_engine: dict[int, Host] = {}
         self.idle: Callable[[Host], None] = lambda host: None
         """Told of a replica that has nothing more to do, and is not READY."""
@@ -51,6 +55,11 @@ class Serving:
         self._news: deque[News] = deque()
         self._unique = OWN_HASHES
         self.transfers = 0
+
+    def serve(self, gateways: tuple[SimulatedGateway, ...]) -> None:
+        """Whom engines' news are for."""
+        self.gateways = gateways
+        self._lines = [line for gateway in gateways for line in gateway.lines.values()]
 
     # ── from a gateway ──
 
@@ -64,15 +73,35 @@ class Serving:
         if host.row.phase is not Phase.READY:
             self._timeline.after(2 * hop_s, partial(self._refused, flight, flight.attempt))
             return
+        if route.prefill is None:
+            self._compute(flight, host, now_s + hop_s)
+            return
         if flight.row == NO_ROW:
             self._open(flight)
-        if route.prefill is None:
-            self.engines.submit(flight.row, host.engine, now_s + hop_s, now_s)
-            return
         source = self._hosts[route.prefill.replica_id]
         flight.source = source
         source.sources[flight] = None
         self._timeline.after(hop_s, partial(self._pull, flight, flight.attempt))
+
+    def _compute(self, flight: Flight, host: Host, at_s: float) -> None:
+        now_s = self._timeline.now_s
+        if flight.row == NO_ROW and not flight.hashes:
+            trace = flight.trace
+            flight.row = self.engines.begin(
+                host.engine,
+                at_s,
+                now_s,
+                arrival_s=flight.arrival_s,
+                prompt=trace.prompt_tokens,
+                output=flight.output,
+                priority=trace.priority,
+                slo_class=flight.slo_class,
+            )
+            self._flights[flight.row] = flight
+            return
+        if flight.row == NO_ROW:
+            self._open(flight)
+        self.engines.submit(flight.row, host.engine, at_s, now_s)
 
     def _open(self, flight: Flight) -> None:
         hashes: list[int] = list(flight.hashes)
@@ -131,7 +160,7 @@ class Serving:
             self.engines.submit(flight.row, flight.host.engine, now_s, now_s)
 
     def _prefilled(self, row: int, at_s: float) -> None:
-        """Layers have left while later ones were computed: what is still to go is the last layer, or what computing did not cover."""
+        """Layers left while later ones were computed: what is still to go is the last one, or what computing did not cover."""
         flight = self._pulls.pop(row)
         host, source = flight.host, flight.source
         assert host is not None, "a prompt for nobody"
@@ -170,14 +199,16 @@ class Serving:
     @property
     def next_s(self) -> float:
         """When the first of what was said reaches a gateway that waits for it; infinite where none does."""
-        if self._news and any(gateway.waiting for gateway in self.gateways):
-            return self._news[0].at_s
-        return float("inf")
+        return self._news[0].at_s if self._news and self._waits else math.inf
+
+    @property
+    def _waits(self) -> bool:
+        """Whether anybody waits at a gateway for what engines say."""
+        return any(line.newcomers or line.resuming for line in self._lines)
 
     def advance(self, until_s: float) -> bool:
         """Let engines compute. False where they stopped before `until_s`, as somebody has to react."""
-        waits = any(gateway.waiting for gateway in self.gateways)
-        reached = self.engines.advance(until_s, self._world.hop_s if waits else float("inf"))
+        reached = self.engines.advance(until_s, self._world.hop_s if self._waits else math.inf)
         return not self._take_said() and reached
 
     def _take_said(self) -> bool:
@@ -224,7 +255,7 @@ class Serving:
         host, gateway = flight.host, flight.gateway
         assert host is not None, "served by nobody"
         assert gateway is not None, "served without a gateway"
-        flight.cached = max(flight.cached, int(self.engines.state.requests["cached"][flight.row]))
+        flight.cached = max(flight.cached, int(self.engines.cached_tokens[flight.row]))
         self._ended(flight, now_s)
         del self._flights[flight.row]
         self.engines.free(flight.row)

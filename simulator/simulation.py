@@ -70,8 +70,9 @@ class Simulation:
         ended: Callable[[Flight, float], None] = lambda flight, now_s: None,
         progress: Callable[[float, int], None] = lambda now_s, arrived: None,
     ) -> None:
-        """router, pipeline: instead of those that the fleet names. ended: told of each request that has had its last token, and when.
-        progress: told once a simulated second of the time and of how many have arrived. Raises InvalidConfig for what cannot be."""
+        """router, pipeline: instead of those that the fleet names. ended: told of each request that has had its last token, and
+        when. progress: told once a simulated second of the time and of how many have arrived. Raises InvalidConfig for what cannot
+        be."""
         self.setup, self._ended, self._progress = setup, ended, progress
         fleet, world, seed = setup.fleet, setup.world, setup.seed
         self._machines = machines_of(fleet, world)
@@ -108,7 +109,7 @@ class Simulation:
             )
             for number in range(fleet.gateway.replicas)
         )
-        self.serving.gateways = self.gateways
+        self.serving.serve(self.gateways)
         self._model = models[0]
         self._choice = stream(seed, "gateways")
         self._classes = {name: number for number, name in enumerate(self._slos)}

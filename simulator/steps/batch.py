@@ -33,6 +33,7 @@ from simulator.steps.records import (
     RESERVED,
     SAID_COUNT,
     WAITING,
+    WHOLE_PROMPTS,
     Fleet,
 )
 from simulator.steps.results import count_end, count_gap, count_steps
@@ -68,7 +69,7 @@ def _plan(fleet: Fleet, engine: int) -> None:
     _find_blocks(fleet, engine)
     _choose_prompts(fleet, engine)
     e.began_s = now_s
-    e.decodes = 0 if e.batching == PROMPTS_FIRST and e.chunks > 0 else e.batch
+    e.decodes = 0 if e.chunks > 0 and _prompts_alone(fleet, engine) else e.batch
     if e.chunks > 0:
         e.span_steps = 1
         lasting_s = step_s(fleet, e.times, e.chunk_tokens, e.chunk_pairs, e.decodes, e.context_tokens)
@@ -80,6 +81,13 @@ def _plan(fleet: Fleet, engine: int) -> None:
         e.ends_s = next_arrival_s(fleet, engine)
         return
     e.ends_s = now_s + e.slowness * lasting_s
+
+
+@njit(cache=True)
+def _prompts_alone(fleet: Fleet, engine: int) -> bool:
+    """Whether decodes wait while the prompts that were chosen are computed."""
+    e = fleet.engines[engine]
+    return e.batching == PROMPTS_FIRST or (e.batching == WHOLE_PROMPTS and e.chunk_tokens + e.batch > e.budget)
 
 
 @njit(cache=True)
@@ -390,7 +398,7 @@ def _advance(fleet: Fleet, engine: int, steps: int, lasting_s: float) -> None:
 @njit(cache=True)
 def _compute(fleet: Fleet, engine: int, request: int, count: int) -> None:
     """So much of a prompt is computed. With the last of it comes a token."""
-    e, r, now_s = fleet.engines[engine], fleet.requests[request], fleet.clock[NOW]
+    e, r = fleet.engines[engine], fleet.requests[request]
     r.computed += count
     e.waiting_tokens -= count
     e.prompt_tokens += count

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from simulator.steps.batch import adopt, blocks_wanted, has_room, interrupt, next_step, place, settle, withdraw
 from simulator.steps.blocks import forget, place_entry
 from simulator.steps.calendar import unschedule
+from simulator.steps.handle import opened
 from simulator.steps.queues import enter
 from simulator.steps.records import (
-    DECODING,
     ELSEWHERE,
     ENTRIES_FREE,
     FREE,
@@ -28,14 +28,17 @@ from simulator.steps.records import (
 )
 from simulator.steps.times import step_j, step_s, steps_to
 
+Handle = NDArray[np.int64]
+
 RUNNING, WAITS, WAITING_TOKENS, KV_TOKENS, BLOCKS_USED, LATEST_STEP_S, DECODE_STEP_S, POWER_W, LOADS = range(9)
 """Columns of `loads`. DECODE_STEP_S: of one decode step of the present batch, as it truly is."""
 
 
 @njit(cache=True)
-def advance(fleet: Fleet, until_s: float, react_s: float) -> bool:
+def advance(handle: Handle, until_s: float, react_s: float) -> bool:
     """Let all engines compute up to a time, or to `react_s` after the first thing was said, or up to a prompt that is done for
     another engine. False where it stopped before `until_s`, as it also does where what was said fills its arrays."""
+    fleet = opened(handle)
     limit_s = until_s
     enough, enough_hashes = len(fleet.said) // 2, len(fleet.said_hashes) // 2
     while fleet.counts[HEAP] > 0:
@@ -53,8 +56,9 @@ def advance(fleet: Fleet, until_s: float, react_s: float) -> bool:
 
 
 @njit(cache=True)
-def submit(fleet: Fleet, request: int, engine: int, at_s: float, now_s: float) -> None:
+def submit(handle: Handle, request: int, engine: int, at_s: float, now_s: float) -> None:
     """Queue a request, which gets there at `at_s`, not before now."""
+    fleet = opened(handle)
     fleet.clock[NOW] = now_s
     e, r = fleet.engines[engine], fleet.requests[request]
     r.engine, r.queued_s, r.order, r.computed, r.preempted = engine, at_s, e.order, 0, 0
@@ -65,8 +69,9 @@ def submit(fleet: Fleet, request: int, engine: int, at_s: float, now_s: float) -
 
 
 @njit(cache=True)
-def reserve(fleet: Fleet, request: int, engine: int, now_s: float) -> bool:
+def reserve(handle: Handle, request: int, engine: int, now_s: float) -> bool:
     """Blocks for a request whose KV will come. False: there is no room now."""
+    fleet = opened(handle)
     fleet.clock[NOW] = now_s
     settle(fleet, engine)
     e, r = fleet.engines[engine], fleet.requests[request]
@@ -79,31 +84,35 @@ def reserve(fleet: Fleet, request: int, engine: int, now_s: float) -> bool:
 
 
 @njit(cache=True)
-def take_over(fleet: Fleet, request: int, now_s: float) -> bool:
+def take_over(handle: Handle, request: int, now_s: float) -> bool:
     """All KV of a reserved request is here, as is its first token. False: blocks ran out, and it has to be withdrawn."""
+    fleet = opened(handle)
     fleet.clock[NOW] = now_s
     return adopt(fleet, fleet.requests[request].engine, request)
 
 
 @njit(cache=True)
-def take_out(fleet: Fleet, request: int, now_s: float) -> None:
+def take_out(handle: Handle, request: int, now_s: float) -> None:
     """Out of its engine, wherever it is in it. Harmless where it is in none."""
+    fleet = opened(handle)
     fleet.clock[NOW] = now_s
     if fleet.requests[request].state not in (FREE, ELSEWHERE):
         withdraw(fleet, fleet.requests[request].engine, request)
 
 
 @njit(cache=True)
-def slow(fleet: Fleet, engine: int, slowness: float, now_s: float) -> None:
+def slow(handle: Handle, engine: int, slowness: float, now_s: float) -> None:
     """Steps last so many times as long from the next one on."""
+    fleet = opened(handle)
     fleet.clock[NOW] = now_s
     settle(fleet, engine)
     fleet.engines[engine].slowness = slowness
 
 
 @njit(cache=True)
-def stop(fleet: Fleet, engine: int, now_s: float) -> None:
+def stop(handle: Handle, engine: int, now_s: float) -> None:
     """It computes no more, and its cache is lost. Nobody may be in it."""
+    fleet = opened(handle)
     unschedule(fleet, engine)
     fleet.engines[engine].ends_s = np.inf
     fleet.engines[engine].span_steps = 0
@@ -111,24 +120,17 @@ def stop(fleet: Fleet, engine: int, now_s: float) -> None:
 
 
 @njit(cache=True)
-def generated(fleet: Fleet, request: int) -> int:
-    """Tokens that it has, as of the last whole step in the books; see `settle`."""
-    r = fleet.requests[request]
-    if r.state != DECODING:
-        return r.generated
-    return r.output - (fleet.batch_ends[r.engine, r.slot] - fleet.engines[r.engine].steps)
-
-
-@njit(cache=True)
-def catch_up(fleet: Fleet, engine: int, now_s: float) -> None:
+def catch_up(handle: Handle, engine: int, now_s: float) -> None:
     """Take all whole steps before now into the books."""
+    fleet = opened(handle)
     fleet.clock[NOW] = now_s
     settle(fleet, engine)
 
 
 @njit(cache=True)
-def loads(fleet: Fleet, engines: NDArray[np.int32], now_s: float, out: NDArray[np.float64]) -> None:
+def loads(handle: Handle, engines: NDArray[np.int32], now_s: float, out: NDArray[np.float64]) -> None:
     """What each would say of itself now. out: [engines, LOADS]."""
+    fleet = opened(handle)
     for index in range(len(engines)):
         engine, row = engines[index], out[index]
         e = fleet.engines[engine]
@@ -157,8 +159,9 @@ def _steps_done(fleet: Fleet, engine: int, now_s: float) -> int:
 
 
 @njit(cache=True)
-def rehash(fleet: Fleet, first_new: int) -> None:
+def rehash(handle: Handle, first_new: int) -> None:
     """After growth: every entry that is used finds its place in the new table; those from `first_new` on are free."""
+    fleet = opened(handle)
     fleet.table[:] = NOBODY
     free = fleet.counts[ENTRIES_FREE]
     while free != NOBODY:
@@ -174,8 +177,9 @@ def rehash(fleet: Fleet, first_new: int) -> None:
 
 
 @njit(cache=True)
-def compact(fleet: Fleet, order: NDArray[np.int64]) -> int:
+def compact(handle: Handle, order: NDArray[np.int64]) -> int:
     """Move the hashes of the requests in `order`, which lie in that order, together; returns where they end."""
+    fleet = opened(handle)
     end = 0
     for request in order:
         at, count = fleet.requests[request].hashes_at, fleet.requests[request].hashes
@@ -189,7 +193,7 @@ def compact(fleet: Fleet, order: NDArray[np.int64]) -> int:
 
 @njit(cache=True)
 def open_request(
-    fleet: Fleet,
+    handle: Handle,
     request: int,
     arrival_s: float,
     prompt: int,
@@ -200,9 +204,29 @@ def open_request(
     counted: bool,
 ) -> None:
     """Write a fresh row."""
+    fleet = opened(handle)
     r = fleet.requests[request]
     r.arrival_s, r.queued_s, r.started_s, r.first_s, r.last_s = arrival_s, -1.0, -1.0, -1.0, -1.0
     r.prompt, r.output, r.generated, r.computed, r.cached = prompt, output, 0, 0, -1
     r.priority, r.order, r.engine, r.slot, r.state, r.task = priority, 0, NOBODY, NOBODY, ELSEWHERE, task
     r.preempted, r.preemptions, r.before, r.after, r.blocks, r.shared = 0, 0, NOBODY, NOBODY, 0, 0
     r.hashes_at, r.hashes, r.slo_class, r.counted = 0, 0, slo_class, counted
+
+
+@njit(cache=True)
+def begin(
+    handle: Handle,
+    request: int,
+    arrival_s: float,
+    prompt: int,
+    output: int,
+    priority: int,
+    slo_class: int,
+    counted: bool,
+    engine: int,
+    at_s: float,
+    now_s: float,
+) -> None:
+    """`open_request` and `submit` in one call, for what shares no blocks."""
+    open_request(handle, request, arrival_s, prompt, output, priority, slo_class, 0, counted)
+    submit(handle, request, engine, at_s, now_s)

@@ -19,7 +19,8 @@ OWN_HASHES = 2**63
 CHUNKED, PROMPTS_FIRST, WHOLE_PROMPTS = range(3)
 """How a step is made up. CHUNKED: all decodes, then prompts in chunks, within a token budget (Sarathi-Serve, OSDI'24; our engines).
 PROMPTS_FIRST: while prompts can be placed, steps of whole prompts alone, decodes wait (vLLM before chunking; DistServe, OSDI'24,
-section 2). WHOLE_PROMPTS: all decodes and whole prompts together (Orca, OSDI'22; Splitwise's mixed machines)."""
+section 2). WHOLE_PROMPTS: all decodes and whole prompts together; decodes wait while a prompt is computed that
+leaves them no room in the budget (Orca, OSDI'22, where there is no budget; Splitwise's machines, ISCA'24)."""
 
 FREE, WAITING, PREFILLING, RESERVED, JOINING, DECODING, ELSEWHERE = range(7)
 """Where a request is. FREE: its row may be given away. ELSEWHERE: in no engine. JOINING: it decodes from the next step on."""

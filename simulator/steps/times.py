@@ -47,7 +47,7 @@ def step_s(fleet: Fleet, model: int, prompt_tokens: int, pairs: int, sequences: 
         return fixed + prompts
     factor = fleet.scalars[model, MIXED_FACTOR]
     if prompt_tokens > 0 and factor > 0.0:
-        return factor * (fixed + prompts)
+        return factor * (fixed + prompt_part_s(fleet, model, prompt_tokens + sequences, pairs))
     return fixed + prompts + value(fleet, model, DECODE, sequences) + value(fleet, model, KV, kv_tokens)
 
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from cluster.kv import KvCleared, KvRemoved, KvStored
 from cluster.replica import Phase, Role
-from policies.routing_view import BLOCKS_USED, KV_TOKENS, SEQUENCES, WAITING_TOKENS, FleetView
+from policies.cells import BLOCKS_USED, KV_TOKENS, SEQUENCES, WAITING_TOKENS
+from policies.routing_view import FleetView
 
 NOW_S = 1.5
 
