@@ -3,11 +3,12 @@
 Two engines stand for the two processes of a GPU, slowed by their shares x + y = 1: prompts, bound by compute, take 1 / x as long;
 decoding, bound by memory, takes as long as alone while y saturates the memory and SATURATING / y as long below. Where that share
 lies is an assumption, tried at two values: 0.5, and 1.0, where decoding too slows in proportion. KV needs no transfer. What is left
-out: that both read the same memory, and the time in which a resident process takes over.
+out: that both read the same memory, the time in which a resident process takes over, and shares that overlap.
 
-Every window the shares are fed back: the phase that is further beyond its bound gets a step more. Lengths: ShareGPT's rows with at
-most 2,048 tokens, and arXiv summaries to 4,096 in place of LongBench, which is not at hand. A rate is the highest at which 90 % of
-requests keep both bounds, which are those published for Llama3-8B.
+Every window the shares are fed back: the phase that is further beyond its bound gets a step more; windows and steps of the
+paper are not in our notes, ours are 1 s and a tenth. Lengths: ShareGPT's rows with at most 2,048 tokens, and arXiv summaries to
+4,096 in place of LongBench, which is not at hand. A rate is the highest at which 90 % of requests keep both bounds, which are
+those published for Llama3-8B.
 """
 
 from __future__ import annotations
@@ -171,10 +172,9 @@ def _shared(settings: Settings, load: Load, saturating: float, colocated: dict[s
 
 
 WHY_COLOCATED = (
-    "What separate shares avoid is that prompts delay decoding; with these bounds on TPOT, ten times a step alone, that "
-    "hardly costs a simulated engine its bound, while sharing leaves SMs idle when one phase has nothing to do. The published "
-    "engines also lose time to "
-    "scheduling on the host and to kernels of mixed batches, which step times here leave out."
+    "Separate shares spare decoding the delay by prompts; with bounds on TPOT ten times a step alone that delay hardly costs a "
+    "simulated engine its bound, while a share lies idle when its phase has nothing to do. Shares of more than 100 % in sum, which "
+    "MPS allows, are not tried. The published engines also lose time to scheduling on the host, which step times here leave out."
 )
 
 
