@@ -252,7 +252,8 @@ WHY_GAIN = {
     "tokens; the true spread of lengths is not known.",
 }
 WHY_TIGHTER = {
-    "chatbot": "Algorithm 2 chooses pipelines here, which carry more but make no prompt shorter, so that bounds on TTFT may not be much "
+    "chatbot": "Algorithm 2 chooses pipelines here, which carry more but make no prompt shorter, so that bounds on TTFT may "
+    "not be much "
     "tighter; a pair on 3 GPUs, as published for OPT-13B, has none.",
     "code": "At that rate an idle system's prompt already takes most of the bound, in either engine.",
     "summarisation": "Scaling both bounds alike, TPOT decides for vLLM and TTFT never does; how far it goes beyond depends "
