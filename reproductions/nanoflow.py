@@ -129,4 +129,4 @@ def _steady_rate(last_s: np.ndarray) -> float:
     """Jobs a second between the first and the last quarter: without filling and draining."""
     done_s = np.sort(last_s)
     first, last = len(done_s) // 4, 3 * len(done_s) // 4
-    return (last - first) / (done_s[last] - done_s[first])
+    return (last - first) / float(done_s[last] - done_s[first])

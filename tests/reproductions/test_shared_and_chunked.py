@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.reproduce import encoded
 from cluster.measured import table_for
 from reproductions import nanoflow, sarathi, taichi
 from reproductions.engine_fleets import EngineKind, Job
@@ -40,6 +41,11 @@ def test_feedback_gives_more_to_the_phase_that_is_late() -> None:
     answers.run()
     assert prompts.share > 0.5
     assert answers.share < 0.9
+
+
+def test_rows_can_be_written_down(quick: Settings) -> None:
+    """numpy's numbers cannot."""
+    assert encoded([*nanoflow.rows(quick), *taichi.rows(quick), *sarathi._chunk_costs(quick), *sarathi._ablation(quick)])
 
 
 def test_taichi_s_winners_are_ours_at_all_three_points(quick: Settings) -> None:
