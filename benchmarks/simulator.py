@@ -1,8 +1,8 @@
 """Requests simulated per CPU second, beside the peer's where it is installed: `python -m benchmarks.simulator [--json]`.
 
 Workload A, as `benchmarks.simulator_peer` gives it to the peer: Poisson arrivals of 4 requests/s a replica, 1,024 prompt and 128
-output tokens, an 8B-class model, blocks of 64 tokens, 8,192 tokens a step. Ours runs the live router, a gateway's view of the fleet,
-load reports of all replicas five times a second, admission, and but for the round-robin arms the controller's pass each second. CPU
+output tokens, an 8B-class model, blocks of 64 tokens, 8,192 tokens a step. Ours runs the live router, a view of the fleet, load
+reports of all replicas five times a second, admission, and but for the round-robin arms the controller's pass each second. CPU
 seconds are user and system of the simulation itself, its made-up arrivals included; starting Python and compiling are not. Each arm
 is a process of its own, and the best of its rounds counts.
 """
