@@ -15,8 +15,8 @@ SHAREGPT = "sarathi/sharegpt_8k_filtered_stats_llama2_tokenizer.csv"
 ARXIV_4K = "vidur/arxiv_summarization_stats_llama2_tokenizer_filtered_v2.csv"
 ROUNDS = 30  # Of fitting a clipped distribution's mean; each leaves a part of the error.
 
-FEWEST = 200
-"""Jobs of which a share of 90 % says something: to 2 points, one standard error."""
+FEWEST = 1000
+"""Jobs of which a share of 90 % says something: to a point, one standard error. Fewer would make it jump from rate to rate."""
 MOST = 3000
 """To half a point; more would only take longer."""
 
