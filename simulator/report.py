@@ -14,7 +14,6 @@ from pathlib import Path
 import jinja2
 import msgspec
 import yaml
-from markupsafe import Markup
 
 from cluster.errors import InvalidConfig
 from cluster.hardware import accelerator
@@ -77,7 +76,7 @@ def html(result: Result, setup: Setup, *, command: str) -> str:
         result=result,
         headline=headline(result),
         cards=list(_cards(result)),
-        plots=[(plot, Markup(svg(plot, course.every_s, until_s, marks))) for plot in _plots(result)],
+        plots=[(plot, svg(plot, course.every_s, until_s, marks)) for plot in _plots(result)],
         latencies=list(latencies(result)),
         totals=list(totals(result)),
         machines=[_believed(machine) for machine in machines_of(setup.fleet, setup.world).values()],
