@@ -1,0 +1,109 @@
+"""Finds what a simulated fleet must be told so that one recorded trace comes out as it did live: step times in place, and delays.
+
+Step times measured on an engine alone miss what surrounds it in a fleet: its worker's loop shares a thread's lock with it, each
+step's tokens are packed and sent, gateway and client run on the same cores. So the table measured alone keeps its shape, and
+factors on its parts, with the delays of the `World`, are fitted: least squares over quantiles of TTFT and TPOT in each stage of
+a calibration trace, live against simulated. Nothing else may be fitted, and nothing on the traces that are judged.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from benchmarks.simulated_replay import replay
+from cluster.errors import InvalidTrace
+from cluster.fleet import Fleet
+from cluster.record import TraceRow
+from cluster.slo import RequestTiming
+from cluster.step_table import StepTable, write_table
+from simulator.world import World
+
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+LEAST_HOP_S = 1e-4
+MOST_FACTOR = 20.0
+DIFFERENCE = 0.04
+"""By how much a parameter is moved to see what it does: batches change with it in jumps, which smaller moves would follow."""
+SOFT = 0.1
+"""Relative errors above it count by their size, not its square: a quantile of few requests may be off by chance."""
+
+
+class Fitted(msgspec.Struct, frozen=True, kw_only=True):
+    """Factors on the measured table's parts, and delays."""
+
+    step: float = 1.0
+    """On the part of every step."""
+    prefill: float = 1.0
+    """On what prompt tokens and their pairs add."""
+    decode: float = 1.0
+    """On what decoding sequences and their KV add."""
+    hop_s: float = World().hop_s
+    transfer_setup_s: float = World().transfer_setup_s
+
+    def table(self, measured: StepTable) -> StepTable:
+        stretched = measured.stretched(prefill=self.prefill, decode=self.decode)
+        return msgspec.structs.replace(stretched, step_s=measured.step_s * self.step)
+
+    def world(self, tables: Mapping[str, StepTable], base: World, folder: Path) -> World:
+        """`base` with these delays and tables; the tables are written into the folder."""
+        paths = {}
+        for number, (group, measured) in enumerate(tables.items()):
+            paths[group] = str(folder / f"{number}.json")
+            write_table(paths[group], self.table(measured))
+        return msgspec.structs.replace(base, tables=paths, hop_s=self.hop_s, transfer_setup_s=self.transfer_setup_s)
+
+
+def fitted(
+    names: Sequence[str],
+    fleet: Fleet,
+    tables: Mapping[str, StepTable],
+    base: World,
+    rows: Sequence[TraceRow],
+    live: Sequence[RequestTiming],
+    ends_s: Sequence[float],
+) -> tuple[Fitted, float]:
+    """The named parameters fitted, the others as they are by default; and the mean relative error that is left on this trace.
+
+    tables: by group, as measured. ends_s: where the trace's stages end. Raises InvalidTrace where a stage has no answers.
+    """
+    wanted = np.log(stages([one for one in live if one.completed], ends_s))
+    with tempfile.TemporaryDirectory() as folder:
+
+        def misses(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+            world = _of(names, logs).world(tables, base, Path(folder))
+            return np.log(stages(replay(fleet, rows, world).timings, ends_s)) - wanted
+
+        best = least_squares(misses, *_start(names), diff_step=DIFFERENCE, loss="soft_l1", f_scale=SOFT, max_nfev=12)
+    return _of(names, best.x), float(np.mean(np.abs(np.expm1(best.fun))))
+
+
+def stages(timings: Iterable[RequestTiming], ends_s: Sequence[float]) -> NDArray[np.float64]:
+    """Quantiles of TTFT, then of TPOT, of what arrived in each stage: one array."""
+    timings, start_s = list(timings), 0.0
+    found: list[NDArray[np.float64]] = []
+    for end_s in ends_s:
+        part = [one for one in timings if start_s <= one.arrival_s < end_s]
+        for values in ([one.ttft_s for one in part], [one.tpot_s for one in part]):
+            known = [value for value in values if value is not None]
+            if not known:
+                raise InvalidTrace(f"no answer of two tokens to what arrived from {start_s:g} s to {end_s:g} s: nothing to fit to")
+            found.append(np.quantile(known, QUANTILES))
+        start_s = end_s
+    return np.concatenate(found)
+
+
+def _start(names: Sequence[str]) -> tuple[NDArray[np.float64]]:
+    return (np.log([getattr(Fitted(), name) for name in names]),)
+
+
+def _of(names: Sequence[str], logs: Iterable[float]) -> Fitted:
+    return Fitted(**{name: float(np.exp(log)) for name, log in zip(names, logs, strict=True)})
+
+
+Replay = Callable[[Fitted], Sequence[RequestTiming]]
