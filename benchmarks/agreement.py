@@ -1,4 +1,4 @@
-"""How near simulated latencies come to those that clients of a live fleet saw: quantiles side by side, and their relative errors."""
+"""How near simulated latencies come to what clients of a live fleet saw: quantiles side by side, and their relative errors."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def table(title: str, found: Sequence[Agreement]) -> Table:
         errors = one.errors
         shown.add_row(one.name, f"{one.requests}", "live", *(f"{1e3 * value:,.2f}" for value in one.live_s.values()), "")
         shown.add_row("", "", "simulated", *(f"{1e3 * one.simulated_s[figure]:,.2f}" for figure in one.live_s), "")
-        shown.add_row("", "", "error", *(f"{errors[figure]:+.1%}" for figure in one.live_s), f"{one.mean_error:.1%}", end_section=True)
+        shown.add_row(
+            "", "", "error", *(f"{errors[figure]:+.1%}" for figure in one.live_s), f"{one.mean_error:.1%}", end_section=True
+        )
     return shown
 
 

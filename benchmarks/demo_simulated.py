@@ -1,9 +1,8 @@
-"""The demo's own request log replayed in simulated time, beside what happened live: `python -m benchmarks.demo_simulated LOG [--json]`.
+"""The demo's own request log replayed in simulated time: `python -m benchmarks.demo_simulated [LOG] [--json]`.
 
-LOG is what `make demo` names at its end, beside its journal: `python -m benchmarks.demo_simulated .mobula/requests/requests-*.jsonl`.
-The same cluster.yaml, the same arrivals and lengths, and the same node killed at the same time go through the same policies. The
-world's step times are those that the policies believe, since a paced replica lasts just as long. Live figures are the gateway's own,
-so a hop is the way between gateway and engine only. Nothing is fitted.
+LOG is what `make demo` names at its end; by default it is the newest, with the journal of the last run. The same cluster.yaml, the
+same arrivals and lengths, and the same node killed at the same time go through the same policies. The world's step times are those
+that the policies believe, since a paced replica's steps last just as long. Live figures are the gateway's own. Nothing is fitted.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from cluster.record import RequestRecord, TraceRow
 from cluster.slo import RequestTiming, Slo, meets
 from controller.config import load_fleet
 from controller.journal import Journal
-from demo.__main__ import CONFIG, FLEET, KILL_AT_S, SLO, TRACE, VICTIM
+from demo.__main__ import CONFIG, FLEET, KILL_AT_S, SLO, TRACE, VICTIM, newest_log
 from simulator.world import Fault, World
 from workers.engines.torch_engine.tiny_model import ensure
 from workloads.traces import open_trace
@@ -107,14 +106,18 @@ def simulated(fleet: Fleet, log: Log, model: Path, faults: Sequence[Fault], hop_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("log", type=Path, help="requests-*.jsonl of a run of the demo")
+    parser.add_argument(
+        "log", type=Path, nargs="?", default=None, help="requests-*.jsonl of a run of the demo; the newest by default"
+    )
     parser.add_argument("--fleet", type=Path, default=CONFIG, help="its cluster.yaml")
     parser.add_argument("--journal", type=Path, default=FLEET.journal_path, help="of the same run, for what was decided")
-    parser.add_argument("--kill-at", type=float, default=KILL_AT_S, help=f"when {VICTIM} was killed, in seconds since the traffic began")
+    parser.add_argument(
+        "--kill-at", type=float, default=KILL_AT_S, help=f"when {VICTIM} was killed, in seconds since the traffic began"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     fleet = load_fleet(arguments.fleet)
-    log = read_log(arguments.log, next(iter(open_trace(str(TRACE)))).arrival_s)
+    log = read_log(arguments.log or newest_log(), next(iter(open_trace(str(TRACE)))).arrival_s)
     fault = Fault(at_s=arguments.kill_at, kind="lose_node", target=VICTIM)
     found = simulated(fleet, log, ensure(PRESET), [fault], World().hop_s)
     compared = agreement("the whole demo", log.timings, found.timings, QUANTILES)

@@ -3,14 +3,15 @@
 Step times measured on an engine alone miss what surrounds it in a fleet: its worker's loop shares a thread's lock with it, each
 step's tokens are packed and sent, gateway and client run on the same cores. So the table measured alone keeps its shape, and
 factors on its parts, with the delays of the `World`, are fitted: least squares over quantiles of TTFT and TPOT in each stage of
-a calibration trace, live against simulated. Nothing else may be fitted, and nothing on the traces that are judged.
+calibration traces, live against simulated. Nothing else may be fitted, and nothing on the traces that are judged.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,10 +27,13 @@ from cluster.step_table import StepTable, write_table
 from simulator.world import World
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-LEAST_HOP_S = 1e-4
-MOST_FACTOR = 20.0
+MOST_FACTOR = 8.0
+"""A parameter stays within so many times, and one over so many times, what it was before."""
 DIFFERENCE = 0.04
 """By how much a parameter is moved to see what it does: batches change with it in jumps, which smaller moves would follow."""
+MOST_TRIES = 15
+LEAST_S = 1e-4
+"""Of a quantile: tokens that a busy machine hands over all at once have no time between them."""
 SOFT = 0.1
 """Relative errors above it count by their size, not its square: a quantile of few requests may be off by chance."""
 
@@ -59,27 +63,34 @@ class Fitted(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(base, tables=paths, hop_s=self.hop_s, transfer_setup_s=self.transfer_setup_s)
 
 
-def fitted(
-    names: Sequence[str],
-    fleet: Fleet,
-    tables: Mapping[str, StepTable],
-    base: World,
-    rows: Sequence[TraceRow],
-    live: Sequence[RequestTiming],
-    ends_s: Sequence[float],
-) -> tuple[Fitted, float]:
-    """The named parameters fitted, the others as they are by default; and the mean relative error that is left on this trace.
+class Seen(NamedTuple):
+    """A calibration trace and what came of it live."""
 
-    tables: by group, as measured. ends_s: where the trace's stages end. Raises InvalidTrace where a stage has no answers.
+    rows: Sequence[TraceRow]
+    timings: Sequence[RequestTiming]
+    ends_s: Sequence[float]
+    """Where its stages end."""
+
+
+def fitted(
+    names: Sequence[str], fleet: Fleet, tables: Mapping[str, StepTable], base: World, seen: Sequence[Seen]
+) -> tuple[Fitted, float]:
+    """The named parameters fitted, the others as they are by default; and the mean relative error that is left on what was seen.
+
+    tables: by group, as measured. Raises InvalidTrace where a stage has no answers.
     """
-    wanted = np.log(stages([one for one in live if one.completed], ends_s))
+    live = [stages((one for one in each.timings if one.completed), each.ends_s) for each in seen]
+    wanted = np.log(np.concatenate(live))
     with tempfile.TemporaryDirectory() as folder:
 
         def misses(logs: NDArray[np.float64]) -> NDArray[np.float64]:
             world = _of(names, logs).world(tables, base, Path(folder))
-            return np.log(stages(replay(fleet, rows, world).timings, ends_s)) - wanted
+            there = [stages(replay(fleet, each.rows, world).timings, each.ends_s) for each in seen]
+            return np.log(np.concatenate(there)) - wanted
 
-        best = least_squares(misses, *_start(names), diff_step=DIFFERENCE, loss="soft_l1", f_scale=SOFT, max_nfev=12)
+        start = np.log([getattr(Fitted(), name) for name in names])
+        bounds = (start - np.log(MOST_FACTOR), start + np.log(MOST_FACTOR))
+        best = least_squares(misses, start, bounds=bounds, diff_step=DIFFERENCE, loss="soft_l1", f_scale=SOFT, max_nfev=MOST_TRIES)
     return _of(names, best.x), float(np.mean(np.abs(np.expm1(best.fun))))
 
 
@@ -93,17 +104,10 @@ def stages(timings: Iterable[RequestTiming], ends_s: Sequence[float]) -> NDArray
             known = [value for value in values if value is not None]
             if not known:
                 raise InvalidTrace(f"no answer of two tokens to what arrived from {start_s:g} s to {end_s:g} s: nothing to fit to")
-            found.append(np.quantile(known, QUANTILES))
+            found.append(np.maximum(np.quantile(known, QUANTILES), LEAST_S))
         start_s = end_s
     return np.concatenate(found)
 
 
-def _start(names: Sequence[str]) -> tuple[NDArray[np.float64]]:
-    return (np.log([getattr(Fitted(), name) for name in names]),)
-
-
 def _of(names: Sequence[str], logs: Iterable[float]) -> Fitted:
     return Fitted(**{name: float(np.exp(log)) for name, log in zip(names, logs, strict=True)})
-
-
-Replay = Callable[[Fitted], Sequence[RequestTiming]]

@@ -26,9 +26,7 @@ def replay(fleet: Fleet, rows: Sequence[TraceRow], world: World, *, control: boo
 
     def ended(flight: Flight, now_s: float) -> None:
         timings.append(
-            RequestTiming(
-                arrival_s=flight.arrival_s, first_token_s=flight.first_s, last_token_s=now_s, output_tokens=flight.output
-            )
+            RequestTiming(arrival_s=flight.arrival_s, first_token_s=flight.first_s, last_token_s=now_s, output_tokens=flight.output)
         )
 
     setup = Setup(fleet=fleet, world=world, seed=seed, warm_up_s=0.0, control=control, label="replay")

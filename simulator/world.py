@@ -40,7 +40,7 @@ class World(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tables: dict[str, str] = {}
     """Step tables by group (`decode`, or `model/role/pool`), files that `mobula calibrate` wrote. They go before `step_times`."""
     layouts: dict[str, KvLayout] = {}
-    """KV by group, where it is not that of the pace's shape: a paced replica lasts as long as the named model and moves its own KV."""
+    """KV by group, where it is not that of the pace's shape: a paced replica steps as slowly as that model and moves its own KV."""
     replica_speed_sd: Share = 0.03
     """Standard deviation of the logarithm of replicas' step times: chips of one kind differ by some percent."""
     startup_sd: Share = 0.15
