@@ -118,7 +118,7 @@ def _rate_rps(timings: Sequence[RequestTiming]) -> float:
 
 
 def run_live(up: LiveFleet, rows: Sequence[TraceRow], seed: int) -> Ran:
-    """Send the rows, and note what the machine did. seed: of prompts' tokens, another for each run: none finds another's KV cached."""
+    """Send the rows, and note what the machine did. seed: of the prompts, another for each run: none finds another's KV cached."""
     taken = [_cpu_s(up.processes()), time.process_time(), _busy_s()]
     began_s = time.monotonic()
     load = asyncio.run(client.run(rows, msgspec.structs.replace(up.target, seed=seed)))

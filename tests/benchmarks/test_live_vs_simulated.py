@@ -47,7 +47,7 @@ def test_the_fit_finds_the_factors_and_the_delay_of_a_fleet_that_has_them(tmp_pa
     rows = trace([(8.0, 15.0), (20.0, 15.0)], CALIBRATION, CALIBRATION_SEED)
     seen = replay(arm.fleet, rows, truth.world(TABLES, EVEN, tmp_path)).timings
     found, left = fitted(arm.fitted, arm.fleet, TABLES, EVEN, [Seen(rows, seen, [15.0, 30.0])])
-    assert left < 0.01
+    assert left < 0.03
     assert found.step == pytest.approx(truth.step, rel=0.1)
     assert found.prefill == pytest.approx(truth.prefill, rel=0.05)
     assert found.hop_s == pytest.approx(truth.hop_s, rel=0.25)
