@@ -56,13 +56,17 @@ def model_in(directory: str) -> ModelSpec:
 
 
 @contextlib.contextmanager
-def live_fleet(fleet: Fleet) -> Iterator[LiveFleet]:
-    """The fleet as given but for its models and its gateway's port. Its progress goes to stderr."""
+def live_fleet(fleet: Fleet, model: Path | None = None) -> Iterator[LiveFleet]:
+    """The fleet as given but for its models and its gateway's port. Its progress goes to stderr.
+
+    model: the one checkpoint that it serves; None is enough for emulated replicas.
+    """
     before = os.environ.get("MOBULA_HOME")
     with tempfile.TemporaryDirectory(prefix="mobula-bench-", dir="/tmp") as directory:  # Sockets' paths must be short.
         os.environ["MOBULA_HOME"] = directory
         gateway = GatewaySpec(port=free_port(), allow_anonymous=True)
-        fleet = msgspec.structs.replace(fleet, models=(model_in(directory),), gateway=gateway)
+        served = model_in(directory) if model is None else ModelSpec(name=MODEL, path=str(model))
+        fleet = msgspec.structs.replace(fleet, models=(served,), gateway=gateway)
         config = Path(directory, "cluster.yaml")
         config.write_bytes(msgspec.yaml.encode(fleet))
         try:

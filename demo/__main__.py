@@ -132,8 +132,14 @@ def with_reasons(console: Console, began_s: float, load: Load, kill: Mark) -> No
     console.print(table)
     picture = OUT / "demo.png"
     draw(load, SLO, counts, sorted(marks, key=lambda mark: mark.at_s), picture, "Five minutes on three L4-like machines")
-    console.print(f"picture: {picture}\nreport: {OUT / 'demo.json'}\njournal: {FLEET.journal_path}", highlight=False)
+    told = {"picture": picture, "report": OUT / "demo.json", "journal": FLEET.journal_path, "requests": newest_log()}
+    console.print("\n".join(f"{name}: {path}" for name, path in told.items()), highlight=False, soft_wrap=True)
     mobula("journal", "replay", "--fleet", FLEET.path.name)
+
+
+def newest_log() -> Path:
+    """Of the gateway's last start."""
+    return max((OUT / "requests").glob("requests-*.jsonl"), key=lambda path: path.stat().st_mtime)
 
 
 def flip(answer: GroupAnswer) -> str:

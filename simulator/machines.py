@@ -45,10 +45,12 @@ def machines_of(fleet: Fleet, world: World) -> dict[str, Machine]:
     for index, spec in enumerate(fleet.replicas):
         name = group_of(fleet, spec)
         table = tables.get(name) or tables.get(spec.role.value)
-        made[name] = _machine(name, spec, table, world, f"replicas[{index}]")
-    unknown = set(tables) - set(made) - {spec.role.value for spec in fleet.replicas}
-    if unknown:
-        raise InvalidConfig(f"tables: {sorted(unknown)[0]} is no group of this fleet: {', '.join(made)}")
+        machine = _machine(name, spec, table, world, f"replicas[{index}]")
+        layout = world.layouts.get(name) or world.layouts.get(spec.role.value)
+        made[name] = machine if layout is None else msgspec.structs.replace(machine, layout=layout)
+    for what, named in (("tables", tables), ("layouts", world.layouts)):
+        if unknown := set(named) - set(made) - {spec.role.value for spec in fleet.replicas}:
+            raise InvalidConfig(f"{what}: {sorted(unknown)[0]} is no group of this fleet: {', '.join(made)}")
     return made
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from cluster.kv import KvLayout
+
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -37,6 +39,8 @@ class World(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """measured: `cluster.measured.table_for` each group's pace. believed: as the policies believe."""
     tables: dict[str, str] = {}
     """Step tables by group (`decode`, or `model/role/pool`), files that `mobula calibrate` wrote. They go before `step_times`."""
+    layouts: dict[str, KvLayout] = {}
+    """KV by group, where it is not that of the pace's shape: a paced replica steps as slowly as that model and moves its own KV."""
     replica_speed_sd: Share = 0.03
     """Standard deviation of the logarithm of replicas' step times: chips of one kind differ by some percent."""
     startup_sd: Share = 0.15

@@ -136,7 +136,7 @@ def loads(handle: Handle, engines: NDArray[np.int32], now_s: float, out: NDArray
         e = fleet.engines[engine]
         done = _steps_done(fleet, engine, now_s)
         row[RUNNING] = e.batch + e.joining
-        row[WAITS] = e.waiting + e.prefilling
+        row[WAITS] = e.waiting + e.prefilling + e.reserved  # Who waits for its KV waits as well.
         row[WAITING_TOKENS] = e.waiting_tokens
         row[KV_TOKENS] = e.context_tokens + done * e.batch + e.joining_tokens
         row[BLOCKS_USED] = e.used + (blocks_wanted(fleet, engine, done + 1) if done > 0 else 0)
