@@ -46,6 +46,7 @@ def simulate(
     world: Annotated[
         Path | None, _option(FLEET, "FILE", "YAML with what a cluster.yaml does not say: step times, delays, faults, spot losses.")
     ] = None,
+    model: Annotated[str, _option(FLEET, "NAME", "That the trace asks for, of a fleet with several.")] = "",
     seed: Annotated[int, _option(FLEET, "N", "Of all chance, generators' too. The same seed gives the same results.")] = 0,
     control: Annotated[bool, _option(FLEET, None, "--no-control leaves the fleet as it starts.")] = True,
     start: Annotated[float, _option(TRACE, "MIN", "Minutes of the trace to skip.", min=0)] = 0.0,
@@ -99,7 +100,7 @@ def simulate(
 
     from simulator.simulation import Setup
 
-    setup = Setup(fleet=fleet, world=settings, seed=seed, warm_up_s=warm_up, control=control, label=workload.words)
+    setup = Setup(fleet=fleet, world=settings, seed=seed, warm_up_s=warm_up, control=control, model=model, label=workload.words)
     console = Console(stderr=True)
     result = run(setup, workload, parquet, console)
     if parquet:
@@ -123,13 +124,17 @@ def run(setup: Setup, workload: Workload, parquet: Path | None, console: Console
     """The simulation with its progress. Raises InvalidConfig and InvalidTrace before anything is simulated."""
     from simulator.compiled import compiled_before
     from simulator.look_through import look_through
+    from simulator.machines import model_asked
     from simulator.simulation import Simulation
     from workloads.stream import open_workload
 
     span_s = workload.span_s
     if workload.read:
         with Progress("reading the trace", console) as progress:
-            span_s = look_through(workload, setup.fleet, lambda rows, share: progress.show(share, f"{rows:,} requests")).span_s
+            model = model_asked(setup.fleet, setup.model)
+            span_s = look_through(
+                workload, setup.fleet, model, lambda rows, share: progress.show(share, f"{rows:,} requests")
+            ).span_s
     if span_s is not None and setup.warm_up_s > span_s:
         raise InvalidConfig(f"--warm-up {setup.warm_up_s:g} is above {span_s:g} s, the workload's length: no request would count")
     if not compiled_before():

@@ -40,20 +40,22 @@ class Room(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.tokens}, the most that a replica holds ({self.group})"
 
 
-def room_of(fleet: Fleet) -> Room:
-    """Of the model that traces are simulated with, the first: its roomiest group that decodes, as the router counts."""
-    served = [spec for spec in fleet.replicas if model_of(fleet, spec) is fleet.models[0]]
+def room_of(fleet: Fleet, model: str) -> Room:
+    """Of a model: its roomiest group that decodes, as the router counts."""
+    served = [spec for spec in fleet.replicas if model_of(fleet, spec).name == model]
     decoding = [spec for spec in served if spec.role.decodes and limits_of(spec)[1] > 0]
     roomiest = max(decoding, key=lambda spec: spec.kv_blocks * spec.block_tokens)
     return Room(tokens=roomiest.kv_blocks * roomiest.block_tokens, group=group_of(fleet, roomiest))
 
 
-def look_through(workload: Workload, fleet: Fleet, told: Callable[[int, float], None] = lambda rows, share: None) -> Looked:
-    """Read it all. told: now and then of the rows read, and the share of the whole that they are.
+def look_through(
+    workload: Workload, fleet: Fleet, model: str, told: Callable[[int, float], None] = lambda rows, share: None
+) -> Looked:
+    """Read it all. model: that it asks for. told: now and then of the rows read, and the share of the whole that they are.
 
     Raises InvalidTrace at the first line that is broken, out of order, too long for every replica, or of an unknown SLO class.
     """
-    room, classes = room_of(fleet), {DEFAULT_CLASS, *fleet.slo}
+    room, classes = room_of(fleet, model), {DEFAULT_CLASS, *fleet.slo}
     rows = longest = 0
     first_s = last_s = 0.0
     for row in workload:

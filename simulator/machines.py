@@ -100,6 +100,16 @@ def _check_memory(shape: ModelShape, spec: ReplicaGroup, layout: KvLayout, memor
         )
 
 
+def model_asked(fleet: Fleet, name: str) -> str:
+    """The model that a workload asks for: traces name none. Raises InvalidConfig where it is not this fleet's, or not clear."""
+    models = [model.name for model in fleet.models]
+    if name and name not in models:
+        raise InvalidConfig(f"model {name!r} is none of this fleet's: {', '.join(models)}")
+    if not name and len(models) > 1:
+        raise InvalidConfig(f"this fleet serves {', '.join(models)}: say which of them the workload asks for (--model)")
+    return name or models[0]
+
+
 def check_slo(name: str, slo: Slo, machines: dict[str, Machine]) -> None:
     """Raise InvalidConfig for a bound that no replica can meet, even with one request alone."""
     prefill_s = min((one.true.prefill_s(1) for one in machines.values() if one.spec.role.prefills_for_others), default=None)

@@ -20,15 +20,15 @@ from controller.config.gateway import router_of
 from controller.pipelines import build
 from policies.pipeline import Pipeline
 from policies.policy import Router
+from simulator.accounts import HOUR_S, Accounts
 from simulator.cluster import SimulatedCluster
 from simulator.control import PASS_S, Control
-from simulator.course import CourseKeeper
 from simulator.engines import Engines
 from simulator.faults import Faults, check_faults
 from simulator.flight import Flight
 from simulator.gateway import SimulatedGateway
 from simulator.host import Host
-from simulator.machines import check_slo, machines_of, warnings_of
+from simulator.machines import check_slo, machines_of, model_asked, warnings_of
 from simulator.result import ClassResult, Event, Quantiles, Result
 from simulator.serving import Serving
 from simulator.sketch import mean_s, quantiles_s
@@ -38,7 +38,7 @@ from simulator.world import World
 
 MAX_EVENTS = 10_000
 DEFAULT = "default"
-HOUR_S = 3600.0
+JOULES_PER_KWH = 3.6e6
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +51,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that arrive before it do not count: caches and batches are empty at first."""
     control: bool = True
     """False: the fleet stays as it is."""
+    model: str = ""
+    """That the workload asks for; may be left out of a fleet with a single one."""
     label: str = ""
     """Of the workload, in words."""
     stepwise: bool = False
@@ -81,6 +83,7 @@ class Simulation:
         for name, slo in self.slos.items():
             check_slo(name, slo, self._machines)
         check_faults(fleet, world)
+        self._model = model_asked(fleet, setup.model)
         router = router or router_of(fleet)
         self._blocks = min(spec.block_tokens for spec in fleet.replicas)
         self._rows, self._numbers = rows, itertools.count()
@@ -97,21 +100,19 @@ class Simulation:
         self.cluster = SimulatedCluster(
             fleet, world, self._machines, self.timeline, self.engines, self.serving, self.hosts, seed=seed, note=self._note
         )
-        models = [model.name for model in fleet.models]
         self.gateways = tuple(
             SimulatedGateway(
                 f"gateway-{number}",
                 router=router,
                 spec=fleet.gateway,
                 slos=self.slos,
-                models=models,
+                models=[model.name for model in fleet.models],
                 send=self.serving.send,
                 rejected=self._reject,
             )
             for number in range(fleet.gateway.replicas)
         )
         self.serving.serve(self.gateways)
-        self._model = models[0]
         self._choice = stream(seed, "gateways")
         self._classes = {name: number for number, name in enumerate(self.slos)}
         self.in_flight = self.arrived = self.completed = 0
@@ -120,9 +121,7 @@ class Simulation:
         self._rejections = 0
         self._longest = 0
         self.events: list[Event] = []
-        self._course = CourseKeeper()
-        self._usd = 0.0
-        self._prices = {node.name: node.price_usd_per_hour for node in fleet.nodes}
+        self._accounts = Accounts(fleet, self.cluster, self.engines)
         self._cpu_s = 0.0
         self._interrupted = False
         self.control = Control(pipeline or build(fleet.control.pipeline), self.cluster) if setup.control else None
@@ -208,7 +207,8 @@ class Simulation:
         self.cluster.count()
         if self.control is not None:
             self.control.once()
-        self._account()
+        totals = {"arrivals": self.arrived, "completions": self.completed, "rejections": self._rejections}
+        self._accounts.note(PASS_S, totals, self.in_flight, sum(gateway.waiting for gateway in self.gateways))
         self._progress(self.timeline.now_s, self.arrived)
 
     # ── accounts ──
@@ -219,52 +219,15 @@ class Simulation:
         tallies = self.engines.state.tallies.sum(axis=0)
         return int(tallies[records.ENDED] - tallies[records.KEPT]) + self._rejected.total()
 
-    def _account(self) -> None:
-        hosts = self.hosts.values()
-        nodes = {host.row.node for host in hosts} | {start.node for start in self.cluster.started.values()}
-        usd_per_hour = sum(self._prices[node] for node in nodes)
-        self._usd += usd_per_hour * PASS_S / HOUR_S
-        state = self.engines.state
-        replicas = Counter(f"{host.row.role.value} {'lost' if not host.alive else host.row.phase.value}" for host in hosts)
-        replicas.update(f"{start.group.rsplit('/', 2)[1]} starting" for start in self.cluster.started.values())
-        live = [host for host in hosts if host.alive]
-        totals = {
-            "arrivals": self.arrived,
-            "completions": self.completed,
-            "rejections": self._rejections,
-            "kept": int(state.tallies[:, records.KEPT].sum()),
-            "output_tokens": int(state.tallies[:, records.OUTPUT_TOKENS].sum()),
-        }
-        blocks = sum(host.row.kv_blocks for host in live)
-        levels = {
-            "in_flight": self.in_flight,
-            "queued": sum(gateway.waiting for gateway in self.gateways),
-            "power_w": sum(host.load.power_w if host.load else host.idle_w for host in live),
-            "kv_share": sum(host.load.kv_blocks_used for host in live if host.load) / blocks if blocks else 0.0,
-            "usd_per_hour": usd_per_hour,
-        }
-        sketches = state.sketches[:, [records.TTFT, records.TPOT]].sum(axis=0)
-        self._course.note(totals, levels, replicas, sketches)
-
     def result(self) -> Result:
         """As of now."""
         state, now_s, warm_up_s = self.engines.state, self.timeline.now_s, self.setup.warm_up_s
-        work = [host.work for host in self.cluster.gone if host.work is not None]
-        live = [host for host in self.hosts.values() if host.alive]
-        work += [self.engines.work(host.engine, now_s) for host in live]
-        lives_s = [
-            (host.gone_s if host.gone_s is not None else now_s) - host.born_s for host in (*self.cluster.gone, *self.hosts.values())
-        ]
-        idle_w = [host.idle_w for host in (*self.cluster.gone, *self.hosts.values())]
-        busy_s = sum(one.busy_s for one in work)
-        present_s = sum(lives_s)
-        idle_j = sum(life_s * watts for life_s, watts in zip(lives_s, idle_w, strict=True))
-        idle_j -= sum(one.busy_s for one in work) * (sum(idle_w) / len(idle_w) if idle_w else 0.0)
-        kwh = (sum(one.energy_j for one in work) + max(0.0, idle_j)) / 3.6e6
+        worked = self._accounts.worked(now_s)
+        kwh = worked.energy_j / JOULES_PER_KWH
         tallies = state.tallies.sum(axis=0)
         arrived, kept, output = sum(self._counted), int(tallies[records.KEPT]), int(tallies[records.OUTPUT_TOKENS])
         prompt = int(tallies[records.PROMPT_TOKENS])
-        made = sum(one.output_tokens for one in work)
+        made, usd = worked.output_tokens, self._accounts.usd
         span_s = max(now_s - warm_up_s, 1e-9)
         return Result(
             workload=self.setup.label,
@@ -277,7 +240,7 @@ class Simulation:
             rejected=dict(self._rejected.most_common()),
             kept=kept,
             retries=sum(gateway.retries for gateway in self.gateways),
-            preemptions=sum(one.preemptions for one in work),
+            preemptions=worked.preemptions,
             transfers=self.serving.transfers,
             classes={name: self._of_class(name, number) for name, number in self._classes.items() if self._counted[number]},
             itl_s=_quantiles(state.sketches[0, records.ITL]),
@@ -286,15 +249,15 @@ class Simulation:
             output_tokens=output,
             prompt_tokens=prompt,
             cached_share=int(tallies[records.CACHED_TOKENS]) / prompt if prompt else 0.0,
-            usd=self._usd,
-            usd_per_million_output_tokens=1e6 * self._usd / made if made else None,
+            usd=usd,
+            usd_per_million_output_tokens=1e6 * usd / made if made else None,
             kwh=kwh,
             kwh_per_million_output_tokens=1e6 * kwh / made if made else None,
-            replica_hours=present_s / HOUR_S,
-            utilisation=busy_s / present_s if present_s else 0.0,
+            replica_hours=worked.present_s / HOUR_S,
+            utilisation=worked.busy_s / worked.present_s if worked.present_s else 0.0,
             acts=self.control.acts if self.control is not None else [],
             events=self.events,
-            course=self._course.course(),
+            course=self._accounts.course.course(),
             warnings=warnings_of(self._machines, self._longest) if self._longest else [],
             interrupted=self._interrupted,
             passes=self.control.passes if self.control is not None else 0,
