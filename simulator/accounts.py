@@ -36,6 +36,8 @@ class Accounts:
 
     def __init__(self, fleet: Fleet, cluster: SimulatedCluster, engines: Engines) -> None:
         self.usd = 0.0
+        self._before = Worked(0.0, 0.0, 0.0, 0, 0)
+        """The warm-up's."""
         self.course = CourseKeeper()
         self._cluster, self._engines = cluster, engines
         self._prices = {node.name: node.price_usd_per_hour for node in fleet.nodes}
@@ -57,8 +59,15 @@ class Accounts:
         counted = {"kept": float(tallies[KEPT]), "output_tokens": float(tallies[OUTPUT_TOKENS])}
         self.course.note({**totals, **counted}, levels, self._replicas(), self._sketches())
 
+    def begin(self, now_s: float) -> None:
+        """The warm-up is over, and does not count."""
+        self.usd, self._before = 0.0, self._whole(now_s)
+
     def worked(self, now_s: float) -> Worked:
-        """Until now."""
+        """From the end of the warm-up until now."""
+        return Worked(*(after - before for after, before in zip(self._whole(now_s), self._before, strict=True)))
+
+    def _whole(self, now_s: float) -> Worked:
         hosts = [*self._cluster.gone, *self._cluster.hosts.values()]
         work = [(host, self._work(host, now_s)) for host in hosts]
         lives_s = [(now_s if host.gone_s is None else host.gone_s) - host.born_s for host in hosts]

@@ -37,6 +37,8 @@ from simulator.timeline import Timeline, stream
 from simulator.world import World
 
 REPORT_PHASES = 5  # Replicas report in turn: not all in one instant.
+RAY_LAG_S = 15.0  # Until Ray's list lacks a node that died (`controller.act.hosts.Inventory`).
+TRUSTED_S = 10.0  # Until a node that is back is used again: see `controller.observe.machines`.
 SETTLED_S = 600.0  # Replicas that are there at the beginning have been READY for so long.
 
 
@@ -61,6 +63,8 @@ class SimulatedCluster:
         self.gateways: tuple[SimulatedGateway, ...] = ()
         self.orders = Orders({group_of(fleet, spec): spec.start_timeout_s for spec in fleet.replicas})
         self.dead_nodes: set[str] = set()
+        self._told_dead: set[str] = set()
+        """Nodes of which the controller has heard that they are down."""
         self.deaf = False
         """Whether telemetry is lost just now."""
         self.started: dict[str, Started] = {}
@@ -95,7 +99,7 @@ class SimulatedCluster:
             lost=tuple(self._lost.values()),
             heard={row.replica_id: heard for row in self._table if (heard := self._heard(row.replica_id)) is not None},
             since_s={row.replica_id: self.hosts[row.replica_id].since_s for row in self._table},
-            alive=frozenset(self._pools.keys() - self.dead_nodes),
+            alive=frozenset(self._pools.keys() - self._told_dead),
             draining=self.orders.draining,
             changing=self.orders.changing,
         )
@@ -142,7 +146,7 @@ class SimulatedCluster:
                     host.next_role = action.role
                     host.enter(Phase.WARMING, now_s)
                     self._tell_members()
-                    self._timeline.after(ROLE_DRAIN_S, partial(self._hurry, host))
+                    self._timeline.after(ROLE_DRAIN_S, partial(self._hurry, host, host.since_s))
                     self._idle_unless_busy(host)
 
     # ── replicas ──
@@ -219,12 +223,12 @@ class SimulatedCluster:
         host.enter(Phase.DRAINING, self._timeline.now_s)
         self._tell_members()
         if math.isfinite(deadline_s):
-            self._timeline.at(max(deadline_s, self._timeline.now_s), partial(self._hurry, host))
+            self._timeline.at(max(deadline_s, self._timeline.now_s), partial(self._hurry, host, host.since_s))
         self._idle_unless_busy(host)
 
-    def _hurry(self, host: Host) -> None:
-        """Its time is over: what it still has is resumed elsewhere."""
-        if host.alive and host.row.phase is not Phase.READY and self.hosts.get(host.replica_id) is host:
+    def _hurry(self, host: Host, since_s: float) -> None:
+        """The time is over of the phase that it entered then: what it still has is resumed elsewhere."""
+        if host.alive and host.since_s == since_s and self.hosts.get(host.replica_id) is host:
             self._serving.move_off(host)
             for flight in list(host.sources):
                 self._serving.compute_where_decoded(flight)
@@ -261,7 +265,6 @@ class SimulatedCluster:
         if host.alive:
             self._serving.close(host)
         del self.hosts[host.replica_id]
-        host.gone_s = self._timeline.now_s
         self.gone.append(host)
 
     def kill(self, host: Host, noticed_s: float) -> None:
@@ -288,14 +291,20 @@ class SimulatedCluster:
         self._tell_members()
 
     def lose_node(self, node: str) -> None:
-        """A machine is gone, with all on it. Nobody is told; silence tells."""
+        """A machine is gone, with all on it. Nobody is told: silence tells, or Ray, which lags."""
         self.dead_nodes.add(node)
-        silence_s = self.fleet.gateway.silence_s
-        for host in [host for host in self.hosts.values() if host.row.node == node]:
-            self.kill(host, silence_s)
+        hosts = [host for host in self.hosts.values() if host.row.node == node]
+        for host in hosts:
+            self.kill(host, self.fleet.gateway.silence_s)
+        self._timeline.after(SILENCE_S if hosts else RAY_LAG_S, partial(self._tell_node, node))
 
     def regain_node(self, node: str) -> None:
         self.dead_nodes.discard(node)
+        self._timeline.after(TRUSTED_S, partial(self._tell_node, node))
+
+    def _tell_node(self, node: str) -> None:
+        """The controller hears how it is by now."""
+        (self._told_dead.add if node in self.dead_nodes else self._told_dead.discard)(node)
 
     def slow(self, host: Host, factor: float) -> None:
         """Every step lasts `factor` times as long as it did at first, from the next one on."""

@@ -202,11 +202,13 @@ class Engines:
         prompt: int,
         output: int,
         hashes: Sequence[int] | NDArray[np.uint64] = (),
+        public: int | None = None,
         priority: int = 0,
         slo_class: int = 0,
         task: int = records.WHOLE,
     ) -> int:
-        """A new request, in no engine yet; its row. `output` >= 1 tokens in all."""
+        """A new request, in no engine yet; its row. `output` >= 1 tokens in all. public: so many of the hashes at the front are of
+        blocks that others can ask for, all of them unless given: of those engines tell."""
         if not self._free_requests:
             self._more_requests()
         row = self._free_requests.pop()
@@ -214,6 +216,7 @@ class Engines:
         compiled.open_request(self._handle, row, arrival_s, prompt, output, priority, slo_class, task, counted)
         if len(hashes):
             self._keep(row, hashes)
+            self._state.requests["public"][row] = len(hashes) if public is None else public
         return row
 
     def free(self, request: int) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from cluster.errors import InvalidConfig
-from cluster.fleet import Fleet, NodeSpec
+from cluster.fleet import Fleet
 from cluster.node import Market
 from simulator.cluster import SimulatedCluster
 from simulator.timeline import Timeline, stream
@@ -57,7 +57,10 @@ class Faults:
         self._chance = stream(seed, "faults")
         for fault in world.faults:
             timeline.at(timeline.now_s + fault.at_s, partial(self._happen, fault))
-        self._spot: Mapping[str, Sequence[NodeSpec]] = {}
+        self._doomed: set[str] = set()
+        """Nodes that are to go, and have had their notice."""
+        self._short: set[str] = set()
+        """Nodes that a spot trace does not have just now."""
         for node in fleet.nodes:
             if node.market is Market.SPOT and world.spot_mtbf_s is not None:
                 self._plan_taking(node.name)
@@ -89,8 +92,12 @@ class Faults:
 
     def _slow(self, fault: Fault) -> None:
         target = fault.target or self._node("")
-        for host in self._cluster.hosts.values():
-            if target in (host.replica_id, host.row.node):
+        hosts = [host for host in self._cluster.hosts.values() if target in (host.replica_id, host.row.node)]
+        if not hosts:
+            self._note("slow", f"nothing: no replica {target}, and none on a node of that name")
+            return
+        for host in hosts:
+            if host.alive:
                 self._cluster.slow(host, fault.factor)
                 if fault.lasts_s is not None:
                     self._timeline.after(fault.lasts_s, partial(self._cluster.slow, host, 1.0))
@@ -105,6 +112,7 @@ class Faults:
         return self._chance.choice(sorted(names)) if names else ""
 
     def _lose(self, node: str, lasts_s: float | None) -> None:
+        self._doomed.discard(node)
         if not node or node in self._cluster.dead_nodes:
             return
         self._note("node lost", node)
@@ -118,8 +126,13 @@ class Faults:
 
     def _take(self, node: str, notice_s: float, gone_s: float | None) -> None:
         if node:
+            self._doomed.add(node)
             self._note("spot notice", f"{node} goes in {notice_s:g} s")
-            self._timeline.after(notice_s, partial(self._lose, node, gone_s))
+            self._timeline.after(notice_s, partial(self._lose_if_doomed, node, gone_s))
+
+    def _lose_if_doomed(self, node: str, gone_s: float | None) -> None:
+        if node in self._doomed:
+            self._lose(node, gone_s)
 
     def _plan_taking(self, node: str) -> None:
         world = self._world
@@ -142,11 +155,14 @@ class Faults:
     def _allow(self, names: Sequence[str], count: int) -> None:
         """So many of a zone's spot nodes can be had: those after them go, after a notice; those before them come back."""
         for index, node in enumerate(names):
-            gone = node in self._cluster.dead_nodes
-            if index >= count and not gone:
+            if index >= count and node not in self._short:
+                self._short.add(node)
                 self._take(node, self._world.spot_notice_s, None)
-            elif index < count and gone:
-                self._back(node)
+            elif index < count and node in self._short:
+                self._short.discard(node)
+                self._doomed.discard(node)
+                if node in self._cluster.dead_nodes:
+                    self._back(node)
 
     def _deafen(self, lasts_s: float | None) -> None:
         self._cluster.deaf = True

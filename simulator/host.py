@@ -38,9 +38,6 @@ class Host:
         self.work: Work | None = None
         """What its engine had done when it ended."""
 
-    def bill(self, work: Work) -> None:
-        self.work = work
-
     @property
     def replica_id(self) -> str:
         return self.row.replica_id

@@ -67,7 +67,7 @@ class Course(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """All of it. Latencies, goodput, tokens and requests leave out the warm-up; money, energy and events do not."""
+    """All of it. The warm-up is left out but of events, decisions, the course of things, retries and transfers."""
 
     schema: int = SCHEMA
     workload: str
@@ -91,6 +91,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     attainment: float
     """Share of requests that arrived which met their whole SLO."""
     goodput_rps: float
+    """Requests within their SLO, over the time in which requests arrived."""
     output_tokens: int
     prompt_tokens: int
     cached_share: float

@@ -20,7 +20,7 @@ from simulator.flight import NO_ROW, Flight
 from simulator.gateway import SimulatedGateway
 from simulator.host import Host
 from simulator.links import Links
-from simulator.steps.records import FINISHED, FIRST_TOKEN, OWN_HASHES, PREFILL_ONLY, PREFILLED, STORED
+from simulator.steps.records import FINISHED, FIRST_TOKEN, PREFILL_ONLY, PREFILLED, STORED
 from simulator.timeline import Timeline
 from simulator.world import World
 
@@ -53,7 +53,7 @@ class Serving:
         self._pulls: dict[int, Flight] = {}
         """By the row that computes the prompt."""
         self._news: deque[News] = deque()
-        self._unique = OWN_HASHES
+        self._unique = 0
         self.transfers = 0
 
     def serve(self, gateways: tuple[SimulatedGateway, ...]) -> None:
@@ -106,7 +106,7 @@ class Serving:
     def _open(self, flight: Flight) -> None:
         hashes: list[int] = list(flight.hashes)
         trace, block_tokens = flight.trace, flight.host.row.block_tokens if flight.host else 1
-        if hashes:  # Its answer's blocks are kept, too, though only itself can ask for them again.
+        if hashes:  # Its answer's blocks are kept, too: numbers, which no hash is likely to be, and only itself asks for again.
             more = (trace.prompt_tokens + flight.output - 1) // block_tokens - len(hashes)
             hashes += range(self._unique, self._unique + more)
             self._unique += max(0, more)
@@ -115,6 +115,7 @@ class Serving:
             prompt=trace.prompt_tokens,
             output=flight.output,
             hashes=hashes,
+            public=len(flight.hashes),
             priority=trace.priority,
             slo_class=flight.slo_class,
         )
@@ -135,6 +136,8 @@ class Serving:
         """The decode replica has the request, and asks for its KV."""
         host, source, now_s = flight.host, flight.source, self._timeline.now_s
         if flight.attempt != attempt or host is None or source is None or not host.alive:
+            return
+        if not source.alive and not source.missed:  # Nobody knows yet; it is computed here once that is noticed.
             return
         if not source.alive or not self.engines.reserve(flight.row, host.engine, now_s):
             self.compute_where_decoded(flight)
@@ -227,8 +230,8 @@ class Serving:
     def close(self, host: Host) -> None:
         """Its engine ends, its work billed. What it had said before is still on its way."""
         now_s = self._timeline.now_s
-        host.alive = False
-        host.bill(self.engines.work(host.engine, now_s))
+        host.alive, host.gone_s = False, now_s
+        host.work = self.engines.work(host.engine, now_s)
         self.engines.remove(host.engine, now_s)
         self._take_said()
         del self.on_engine[host.engine]
@@ -237,6 +240,7 @@ class Serving:
         """What has reached the gateways by now."""
         while self._news and self._news[0].at_s <= now_s:
             news = self._news.popleft()
+            self._timeline.now_s = max(self._timeline.now_s, news.at_s)
             self._heard(news)
 
     def _heard(self, news: News) -> None:
@@ -267,8 +271,6 @@ class Serving:
     def lose(self, host: Host, noticed_s: float) -> None:
         """Its process is gone. Gateways notice so much later, and go on elsewhere."""
         self.close(host)
-        for flight in list(host.sources):
-            self.compute_where_decoded(flight)
         self._timeline.after(noticed_s, partial(self._noticed, host))
 
     def _noticed(self, host: Host) -> None:
@@ -276,6 +278,8 @@ class Serving:
         host.missed = True
         for gateway in self.gateways:
             gateway.suspect(host, now_s)
+        for flight in list(host.sources):
+            self.compute_where_decoded(flight)
         self.move_off(host)
 
     def move_off(self, host: Host) -> None:

@@ -26,7 +26,7 @@ from simulator.control import PASS_S, Control
 from simulator.engines import Engines
 from simulator.faults import Faults, check_faults
 from simulator.flight import Flight
-from simulator.gateway import SimulatedGateway
+from simulator.gateway import RETRY_ROUTE_S, SimulatedGateway
 from simulator.host import Host
 from simulator.machines import check_slo, machines_of, model_asked, warnings_of
 from simulator.result import ClassResult, Event, Quantiles, Result
@@ -128,6 +128,10 @@ class Simulation:
         self._faults = Faults(fleet, world, self.timeline, self.cluster, seed, self._note)
         self.cluster.begin(self.gateways)
         self.timeline.after(PASS_S, self._pass)
+        self.timeline.after(RETRY_ROUTE_S, self._tick)
+        if setup.warm_up_s > 0.0:
+            self.timeline.after(setup.warm_up_s, lambda: self._accounts.begin(self.timeline.now_s))
+        self._last_arrival_s = 0.0
         self._coming = next(self._rows, None)
 
     # ── time ──
@@ -165,11 +169,12 @@ class Simulation:
         if self._coming is not None and self._coming.arrival_s < row.arrival_s:
             raise InvalidTrace(f"a request at {self._coming.arrival_s} s comes after one at {row.arrival_s} s: sort the trace")
         now_s, number = self.timeline.now_s, next(self._numbers)
-        kind = self._classes.get(row.slo_class, 0)
+        kind = self._classes.get(row.slo_class, self._classes[DEFAULT])
         self.arrived += 1
         self._longest = max(self._longest, row.prompt_tokens)
         self._counted[kind] += now_s >= self.setup.warm_up_s
         self.in_flight += 1
+        self._last_arrival_s = now_s
         flight = Flight(str(number), row, self._hashes(row), kind, now_s)
         gateways = self.gateways
         gateway = gateways[0] if len(gateways) == 1 else self._choice.choice(gateways)
@@ -199,11 +204,16 @@ class Simulation:
         if len(self.events) < MAX_EVENTS:
             self.events.append(Event(at_s=round(self.timeline.now_s, 3), kind=kind, what=what))
 
+    def _tick(self) -> None:
+        """Gateways look again at who waits, as live ones do."""
+        self.timeline.after(RETRY_ROUTE_S, self._tick)
+        for gateway in self.gateways:
+            if gateway.waiting:
+                gateway.pump(self.timeline.now_s)
+
     def _pass(self) -> None:
         """Each second: counters, the controller's pass, the accounts."""
         self.timeline.after(PASS_S, self._pass)
-        for gateway in self.gateways:
-            gateway.pump(self.timeline.now_s)
         self.cluster.count()
         if self.control is not None:
             self.control.once()
@@ -228,7 +238,7 @@ class Simulation:
         arrived, kept, output = sum(self._counted), int(tallies[records.KEPT]), int(tallies[records.OUTPUT_TOKENS])
         prompt = int(tallies[records.PROMPT_TOKENS])
         made, usd = worked.output_tokens, self._accounts.usd
-        span_s = max(now_s - warm_up_s, 1e-9)
+        span_s = max(self._last_arrival_s - warm_up_s, 1e-9)
         return Result(
             workload=self.setup.label,
             fleet=self.setup.fleet.name,

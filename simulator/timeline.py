@@ -35,6 +35,7 @@ class Timeline:
     def run_next(self) -> None:
         """The next event, at its time."""
         time_s, _, event = heapq.heappop(self._due)
+        assert time_s >= self.now_s, f"an event at {time_s} s, after {self.now_s} s"
         self.now_s = time_s
         event()
 

@@ -423,11 +423,13 @@ def _compute(fleet: Fleet, engine: int, request: int, count: int) -> None:
 
 @njit(cache=True)
 def _note_token(fleet: Fleet, engine: int, request: int) -> None:
-    """It has a token now, which no decode step made."""
+    """It has a token now, which no decode step made. The first of each attempt is told."""
     r, now_s = fleet.requests[request], fleet.clock[NOW]
+    if not r.told:
+        r.told = 1
+        say(fleet, FIRST_TOKEN, engine, request)
     if r.first_s < 0.0:
         r.first_s = now_s
-        say(fleet, FIRST_TOKEN, engine, request)
     elif r.counted:
         count_gap(fleet, now_s - r.last_s, 1)
     r.last_s = now_s

@@ -14,7 +14,6 @@ from simulator.steps.records import (
     ENTRIES_USED,
     NOBODY,
     NOW,
-    OWN_HASHES,
     REMOVED,
     SAID_COUNT,
     SAID_HASHES,
@@ -111,7 +110,8 @@ def share(fleet: Fleet, engine: int, request: int, full: int) -> None:
         fleet.held[at + index] = entry
         if entry == NOBODY:
             fleet.counts[UNSHARED] += 1
-        elif fleet.counts[TELLING] and fleet.arena[at + index] < np.uint64(OWN_HASHES):
+        elif fleet.counts[TELLING] and index < fleet.requests[request].public:
+            fleet.entries[entry].public = 1
             fleet.said_hashes[fleet.counts[SAID_HASHES] + told] = fleet.arena[at + index]
             told += 1
     fleet.requests[request].shared = max(first, full)
@@ -132,7 +132,7 @@ def forget(fleet: Fleet, engine: int) -> None:
 def _evict(fleet: Fleet, engine: int) -> None:
     entry = fleet.engines[engine].oldest
     _unlink(fleet, engine, entry)
-    if fleet.counts[TELLING] and fleet.entries[entry].hash < np.uint64(OWN_HASHES):
+    if fleet.entries[entry].public:
         fleet.said_hashes[fleet.counts[SAID_HASHES]] = fleet.entries[entry].hash
         _tell(fleet, REMOVED, engine, NOBODY, 1)
     _leave(fleet, entry)
@@ -218,6 +218,7 @@ def _enter(fleet: Fleet, engine: int, digest: int) -> int:
     fleet.entries[entry].hash = digest
     fleet.entries[entry].engine = engine
     fleet.entries[entry].holders = 1
+    fleet.entries[entry].public = 0
     place_entry(fleet, entry)
     return entry
 

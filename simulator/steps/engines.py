@@ -61,7 +61,7 @@ def submit(handle: Handle, request: int, engine: int, at_s: float, now_s: float)
     fleet = opened(handle)
     fleet.clock[NOW] = now_s
     e, r = fleet.engines[engine], fleet.requests[request]
-    r.engine, r.queued_s, r.order, r.computed, r.preempted = engine, at_s, e.order, 0, 0
+    r.engine, r.queued_s, r.order, r.computed, r.preempted, r.told = engine, at_s, e.order, 0, 0, 0
     e.order += 1
     e.latest_s = max(e.latest_s, at_s)
     enter(fleet, engine, request, WAITING)
@@ -77,7 +77,7 @@ def reserve(handle: Handle, request: int, engine: int, now_s: float) -> bool:
     e, r = fleet.engines[engine], fleet.requests[request]
     if not has_room(fleet, engine) or not place(fleet, engine, request, r.prompt):
         return False
-    r.engine, r.order, r.state, r.preempted = engine, e.order, RESERVED, 0
+    r.engine, r.order, r.state, r.preempted, r.told = engine, e.order, RESERVED, 0, 0
     e.order += 1
     e.reserved += 1
     return True
@@ -210,7 +210,7 @@ def open_request(
     r.prompt, r.output, r.generated, r.computed, r.cached = prompt, output, 0, 0, -1
     r.priority, r.order, r.engine, r.slot, r.state, r.task = priority, 0, NOBODY, NOBODY, ELSEWHERE, task
     r.preempted, r.preemptions, r.before, r.after, r.blocks, r.shared = 0, 0, NOBODY, NOBODY, 0, 0
-    r.hashes_at, r.hashes, r.slo_class, r.counted = 0, 0, slo_class, counted
+    r.hashes_at, r.hashes, r.public, r.told, r.slo_class, r.counted = 0, 0, 0, 0, slo_class, counted
 
 
 @njit(cache=True)

@@ -1,7 +1,7 @@
 """The fleet's state as arrays of records, which the compiled functions beside this file read and write.
 
 An *engine* here is the inside of one replica: its queue, batch and block pool. Indices of -1 end a list or name nobody. Everything
-that grows is grown by `simulator.replicas`, between calls.
+that grows is grown by `simulator.engines`, between calls.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 NOBODY = -1
 NEVER = 2**62
-OWN_HASHES = 2**63
-"""Hashes from here on are of blocks that nobody else can have, such as those of an answer: nobody is told of them."""
 
 CHUNKED, PROMPTS_FIRST, WHOLE_PROMPTS = range(3)
 """How a step is made up. CHUNKED: all decodes, then prompts in chunks, within a token budget (Sarathi-Serve, OSDI'24; our engines).
@@ -110,6 +108,8 @@ REQUEST = np.dtype(
         ("shared", "i4"),  # Full blocks at the front that others can find, or that were found.
         ("hashes_at", "i8"),  # In the arena.
         ("hashes", "i4"),
+        ("public", "i4"),  # So many of them at the front others can ask for: they are told of.
+        ("told", "i4"),  # Whether this attempt's first token was.
         ("slo_class", "i4"),
         ("counted", "i4"),  # Whether it counts in the results: it arrived after the warm-up.
     ],
@@ -121,6 +121,7 @@ ENTRY = np.dtype(
         ("hash", "u8"),
         ("engine", "i4"),
         ("holders", "i4"),
+        ("public", "i4"),
         ("older", "i4"),  # Of the cached ones of its engine; while free, the next free one.
         ("newer", "i4"),
     ],

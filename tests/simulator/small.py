@@ -54,8 +54,9 @@ def traffic(count: int, rate_rps: float, seed: int = 0, *, shared: bool = True) 
         prompt = chance.randint(20, 1500)
         hashes: list[int] = []
         if shared:
-            hashes = [chance.randrange(4) * 1000 + i for i in range(20)] if chance.random() < 0.5 else []
-            hashes = [*hashes, *(10**6 * (number + 1) + i for i in range(len(hashes), prompt // 16))][: prompt // 16]
+            opening = Random(chance.randrange(4)) if chance.random() < 0.5 else Random(number + 10)
+            hashes = [opening.getrandbits(64) for _ in range(20)]
+            hashes = [*hashes, *(chance.getrandbits(64) for _ in range(len(hashes), prompt // 16))][: prompt // 16]
         yield TraceRow(
             arrival_s=at_s,
             prompt_tokens=prompt,

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -203,3 +204,56 @@ def test_rates_of_faults_are_independent_streams():
     calm = Counted(fleet(), traffic(100, 10.0), World(start_failure_share=0.0)).run()
     other = Counted(fleet(), traffic(100, 10.0), World(start_failure_share=0.9)).run()
     assert calm.classes == other.classes
+
+
+@pytest.mark.parametrize("groups", [APART, TOGETHER])
+def test_a_gateway_knows_all_blocks_of_prompts_that_engines_keep(groups):
+    counted = Counted(fleet(groups), traffic(300, 15.0), World.ideal(), control=False)
+    counted.run()
+    simulation = counted.simulation
+    simulation.serving.deliver(float("inf"))
+    state = simulation.engines.state
+    prompts = {block for flight in counted.ended for block in flight.hashes}
+    entries = state.entries[np.isin(state.entries["engine"], [host.engine for host in simulation.hosts.values()])]
+    for gateway in simulation.gateways:
+        view = gateway.view.routing_view("m", simulation.timeline.now_s)
+        for host in simulation.hosts.values():
+            kept = set(entries["hash"][entries["engine"] == host.engine].tolist()) & prompts
+            known = view.index._held.get(view.row_of[host.replica_id], set())
+            assert known == kept
+            assert any(block >= 2**63 for block in known) or not known
+
+
+def test_nobody_is_sent_on_before_the_place_was_free():
+    small = group(Role.MIXED, count=1, max_running=4)
+    counted = Counted(fleet((small,)), traffic(60, 30.0), control=False)
+    sent: list[tuple[float, float]] = []
+    serving, timeline = counted.simulation.serving, counted.simulation.timeline
+    send, heard = serving.send, serving._heard
+
+    def noting(flight, route) -> None:
+        sent.append((timeline.now_s, noting.at_s))
+        send(flight, route)
+
+    def hearing(news) -> None:
+        noting.at_s = news.at_s
+        heard(news)
+
+    noting.at_s = 0.0
+    serving._heard = hearing
+    for gateway in counted.simulation.gateways:
+        gateway._send_to = noting
+    counted.run()
+    assert len(sent) == 60
+    assert all(now_s >= at_s for now_s, at_s in sent)
+
+
+def test_the_warm_up_costs_nothing():
+    rows = [TraceRow(arrival_s=1.0 * i, prompt_tokens=100, output_tokens=20) for i in range(200)]
+    (whole, part) = (
+        Simulation(Setup(fleet=fleet(), warm_up_s=warm_up_s, control=False), iter(rows)).run() for warm_up_s in (0.0, 100.0)
+    )
+    assert part.usd == pytest.approx(whole.usd / 2, rel=0.02)
+    assert part.replica_hours == pytest.approx(whole.replica_hours / 2, rel=0.02)
+    assert part.kwh == pytest.approx(whole.kwh / 2, rel=0.05)
+    assert part.goodput_rps == pytest.approx(1.0, rel=0.02)
