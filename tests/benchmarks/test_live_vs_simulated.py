@@ -49,7 +49,7 @@ def test_the_fit_finds_the_factors_and_the_delay_of_a_fleet_that_has_them(tmp_pa
     found, left = fitted(arm.fitted, arm.fleet, TABLES, EVEN, [Seen(rows, seen, [15.0, 30.0])])
     assert left < 0.03
     assert found.step == pytest.approx(truth.step, rel=0.1)
-    assert found.prefill == pytest.approx(truth.prefill, rel=0.05)
+    assert found.prefill == pytest.approx(truth.prefill, rel=0.1)
     assert found.hop_s == pytest.approx(truth.hop_s, rel=0.25)
     assert found.transfer_setup_s == World().transfer_setup_s, "not asked for"
 
