@@ -28,7 +28,6 @@ class Control:
     def __init__(self, pipeline: Pipeline, cluster: SimulatedCluster) -> None:
         self.memory = Memory(next_replica=cluster.next_replica)
         self.acts: list[Act] = []
-        self.dropped = 0
         self.passes = 0
         self._pipeline, self._cluster = pipeline, cluster
 
@@ -41,7 +40,6 @@ class Control:
         self.memory = self._cluster.settle(snapshot, after(self.memory, snapshot, decision, applied=True)).memory
         self._cluster.apply(snapshot.pass_number, decision.actions)
         self.passes += 1
-        self.dropped += len(decision.dropped)
         if decision.actions:
             self._note(snapshot, decision)
         return snapshot, decision

@@ -35,6 +35,7 @@ from simulator.sketch import mean_s, quantiles_s
 from simulator.steps import records
 from simulator.timeline import Timeline, stream
 from simulator.world import World
+from workloads.blocks import split_blocks
 
 MAX_EVENTS = 10_000
 DEFAULT = "default"
@@ -183,8 +184,6 @@ class Simulation:
     def _hashes(self, row: TraceRow) -> tuple[int, ...]:
         if not row.block_hashes:
             return ()
-        from workloads.blocks import split_blocks
-
         return split_blocks(row, self._blocks)
 
     def _finish(self, flight: Flight, now_s: float) -> None:

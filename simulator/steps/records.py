@@ -141,13 +141,13 @@ STEP_S, PAIR_S, MIXED_FACTOR, IDLE_W, PREFILL_W, STEP_J, SCALARS = range(7)
 PREFILL, DECODE, KV, DECODE_W, FUNCTIONS = range(5)
 """The piecewise linear functions of a performance model."""
 
-ENTRIES_USED, ENTRIES_FREE, SAID_COUNT, SAID_HASHES, HEAP, TELLING, LONGEST_SPAN, COUNTED_S, UNSHARED, COUNTS = range(10)
+ENTRIES_USED, ENTRIES_FREE, SAID_COUNT, SAID_HASHES, HEAP, TELLING, LONGEST_SPAN, UNSHARED, COUNTS = range(9)
 """Of `Fleet.counts`. ENTRIES_FREE: head of the free list. TELLING: 1 if blocks are told of. LONGEST_SPAN: steps, 1 to step every
 one. UNSHARED: blocks that nobody could find for want of entries; 0 unless growth was forgotten."""
 
 TTFT, TPOT, ITL, E2E, SKETCHES = range(5)
 
-ARRIVED, ENDED, KEPT, PROMPT_TOKENS, OUTPUT_TOKENS, CACHED_TOKENS, PREEMPTED, TALLIES = range(8)
+ENDED, KEPT, PROMPT_TOKENS, OUTPUT_TOKENS, CACHED_TOKENS, TALLIES = range(6)
 """Columns of `Fleet.tallies`, sums over counted requests that ended, by SLO class."""
 
 

@@ -8,22 +8,22 @@ from simulator.sketch import bucket_of
 from simulator.steps.records import (
     CACHED_TOKENS,
     COUNTED_FROM,
+    DECODE,
     E2E,
     ENDED,
     ITL,
     KEPT,
+    KV,
     NOW,
     OUTPUT_TOKENS,
-    PREEMPTED,
     PROMPT_TOKENS,
     REPLY_S,
+    STEP_S,
     TPOT,
     TTFT,
     Fleet,
 )
 from simulator.steps.times import value
-
-KV_FUNCTION, DECODE_FUNCTION = 2, 1
 
 
 @njit(cache=True)
@@ -46,7 +46,6 @@ def count_end(fleet: Fleet, request: int) -> None:
     fleet.tallies[kind, PROMPT_TOKENS] += r.prompt
     fleet.tallies[kind, OUTPUT_TOKENS] += r.output
     fleet.tallies[kind, CACHED_TOKENS] += max(r.cached, 0)
-    fleet.tallies[kind, PREEMPTED] += r.preemptions > 0
 
 
 @njit(cache=True)
@@ -65,14 +64,14 @@ def count_steps(fleet: Fleet, engine: int, context_tokens: int, first: int, step
     e = fleet.engines[engine]
     if fleet.clock[NOW] < fleet.clock[COUNTED_FROM] or first >= steps:
         return
-    same_s = fleet.scalars[e.times, 0] + value(fleet, e.times, DECODE_FUNCTION, e.batch)
-    last = bucket_of(e.slowness * (same_s + value(fleet, e.times, KV_FUNCTION, context_tokens + (steps - 1) * e.batch)))
+    same_s = fleet.scalars[e.times, STEP_S] + value(fleet, e.times, DECODE, e.batch)
+    last = bucket_of(e.slowness * (same_s + value(fleet, e.times, KV, context_tokens + (steps - 1) * e.batch)))
     while first < steps:
-        bucket = bucket_of(e.slowness * (same_s + value(fleet, e.times, KV_FUNCTION, context_tokens + first * e.batch)))
+        bucket = bucket_of(e.slowness * (same_s + value(fleet, e.times, KV, context_tokens + first * e.batch)))
         low, high = first + 1, steps
         while bucket != last and low < high:
             middle = (low + high) // 2
-            at = bucket_of(e.slowness * (same_s + value(fleet, e.times, KV_FUNCTION, context_tokens + middle * e.batch)))
+            at = bucket_of(e.slowness * (same_s + value(fleet, e.times, KV, context_tokens + middle * e.batch)))
             low, high = (middle + 1, high) if at == bucket else (low, middle)
         end = steps if bucket == last else low
         fleet.sketches[0, ITL, bucket] += (end - first) * e.batch
